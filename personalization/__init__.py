@@ -1,0 +1,1 @@
+"""Users, histories and learning: this room knows no scheduler and no pages."""

@@ -1,0 +1,1 @@
+"""The roof: the gateway, its sessions, the processes and the command line."""
