@@ -172,7 +172,7 @@ class KvLanes:
         )
 
     def _choose(self, lengths: list[int]) -> list[int]:
-        """The rows that get a lane: all, or the shorter ones if the longest would waste too much on padding."""
+        """The rows that get a lane: all, or the shorter ones if the longest would cost too much padding."""
         rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
         total = sum(lengths)
         while rows:
@@ -380,7 +380,7 @@ def _columns(config: ModelConfig, group: str, module: str) -> slice:
 
 
 def _units(config: ModelConfig, layout: AdapterLayout) -> tuple[int, Tensor, Tensor]:
-    """(unit, the image's unit for each unit of a lane [U], its factor [U, 1]): a lane is a gather of units."""
+    """A lane is a gather of units: (their size, which of the image [U], the factor of each [U, 1])."""
     widths = [width for m in layout.modules for width in (m.in_features, m.out_features)]
     unit = math.gcd(layout.slab_elems, *(RANK_TILE * width for width in widths))
     units, factors = [], []

@@ -51,16 +51,15 @@ class Runner:
         token_ids: list[int] = sample(self.logits(batch), batch.sampling).tolist()
         return token_ids
 
-    @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """[R, vocab] float32, in the order of the chunks."""
         try:
-            return self._forward(batch)
+            with torch.inference_mode():
+                return self._forward(batch)
         except BaseException:
             self.drop_copies()  # a lane half written is worth nothing
             raise
 
-    @torch.inference_mode()
     def copy_in(self, image: Tensor, slabs: Many[int]) -> None:
         """Copy the image [n, slab_elems] of a packed adapter into these n slabs."""
         self._arena.index_copy_(0, torch.tensor(slabs), image.to(self._arena.dtype))
@@ -86,8 +85,7 @@ class Runner:
             return hidden.new_zeros(0, self._config.vocab_size)
         if plan.logits_rows != list(range(hidden.shape[0])):
             hidden = hidden[plan.logits_rows]
-        logits: Tensor = self._decoder.logits(hidden)
-        return logits
+        return self._decoder.logits(hidden)
 
     def _lora_of(self, plan: "_Plan") -> "_Lora":
         """Which rows run on lanes of their layout, and which straight on pages."""
