@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import is_
 
 import torch
@@ -160,6 +161,7 @@ class LoraLanes:
         return views
 
 
+@lru_cache(maxsize=64)  # as many as there are layouts; lanes themselves come and go with their rows
 def _plan_lane(config: ModelConfig, layout: AdapterLayout) -> tuple[tuple[_Part, ...], int, Tensor, Tensor]:
     """A lane as a gather of units of the image: (parts, unit size, unit per place [U], its factor [U, 1])."""
     unit = math.gcd(layout.slab_elems, *(w for m in layout.modules for w in (m.in_features, m.out_features)))

@@ -252,7 +252,7 @@ class _PagedRows:
     """The rows whose adapter is read from its pages."""
 
     arena: Tensor
-    adapter_of_row: Tensor
+    segments: list[tuple[int, int, int]]  # (index into the tables, first row, end)
     tiles_a: Tensor  # [N, L, 7, P]
     tiles_b: Tensor
     scales: Tensor  # [N, L, 7]
@@ -264,12 +264,12 @@ class _PagedRows:
     ) -> "_PagedRows | None":
         batch = plan.batch
         needed: dict[int, int] = {}  # adapter of the batch -> index into the tables
-        adapter_of_row = torch.full((len(batch.token_ids),), -1)
+        segments: list[tuple[int, int, int]] = []
         for place, sequence in enumerate([*plan.sequences, *range(batch.num_single, len(batch.blocks))]):
             adapter = batch.adapter_of_seq[sequence]
             if adapter >= 0 and place not in laned_rows:
-                rows = slice(batch.query_start[place], batch.query_start[place + 1])
-                adapter_of_row[rows] = needed.setdefault(adapter, len(needed))
+                index = needed.setdefault(adapter, len(needed))
+                segments.append((index, batch.query_start[place], batch.query_start[place + 1]))
         if not needed:
             return None
         tables = [batch.adapters[index].table(config.num_layers) for index in needed]
@@ -287,7 +287,7 @@ class _PagedRows:
             columns[group] = (slice(first, first + len(modules)), widths)
         return cls(
             arena.view(-1),
-            adapter_of_row,
+            segments,
             stack([table.tiles_a for table in tables]),
             stack([table.tiles_b for table in tables]),
             torch.stack([table.scales for table in tables]),
@@ -300,7 +300,7 @@ class _PagedRows:
             x,
             y,
             self.arena,
-            self.adapter_of_row,
+            self.segments,
             self.tiles_a[:, layer, modules],
             self.tiles_b[:, layer, modules],
             self.scales[:, layer, modules],

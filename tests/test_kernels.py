@@ -105,6 +105,17 @@ def test_lane_attention_is_attention_of_one_token_per_lane() -> None:
             assert close(got[lane, head], weights @ v[lane, first:])
 
 
+def joined(segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Neighbours of the same adapter as one segment."""
+    found: list[tuple[int, int, int]] = []
+    for n, begin, end in segments:
+        if found and found[-1][0] == n and found[-1][2] == begin:
+            found[-1] = (n, found[-1][1], end)
+        else:
+            found.append((n, begin, end))
+    return found
+
+
 @pytest.mark.parametrize("popularity", ["distinct", "identical", "skewed", "all base", "some base"])
 @pytest.mark.parametrize("ranks", [[8, 8, 8, 8], [1, 8, 9, 64]], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 63])
@@ -145,7 +156,8 @@ def test_lora_pages_is_its_formula_for_every_popularity(popularity: str, ranks: 
             if (n, m) in matrices:
                 a, b = matrices[n, m]
                 expected[t, columns] += scales[n, m] * ((x[t] @ a.t()) @ b)
-    got = kernels.lora_pages(x, y, arena, adapter_of_row, tiles_a, tiles_b, scales, widths)
+    segments = [(n, t, t + 1) for t, n in enumerate(adapter_of_row.tolist()) if n >= 0]
+    got = kernels.lora_pages(x, y, arena, joined(segments), tiles_a, tiles_b, scales, widths)
     assert got is y
     assert close(got, expected, 1e-3)
 

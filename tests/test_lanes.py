@@ -75,7 +75,7 @@ class Pages:
         del self.history[name]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), budget=st.sampled_from([1 << 40, 200_000]))
 def test_kv_lanes_always_hold_what_the_pages_hold(seed: int, budget: int) -> None:
     pages, chance = Pages(seed), random.Random(seed)
