@@ -71,9 +71,15 @@ class LoraLanes:
     def lane_elems(self) -> int:
         return self._units.numel() * self._unit
 
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.numel() * self._buffer.element_size()
+
     def hold(self, residents: Many[ResidentAdapter]) -> list[int]:
         """Make the lanes hold these adapters, one lane for each row, and return the row of each lane."""
-        if len(residents) == len(self._asked) and all(map(is_, residents, self._asked)):
+        if len(residents) == len(self._asked) == len(self._adapters) and all(
+            map(is_, residents, self._asked)
+        ):
             return self._rows
         counts: dict[Hashable, int] = {}
         keys: list[Hashable] = []

@@ -100,13 +100,22 @@ class Runner:
         for rows in rows_of.values():
             residents = [batch.adapters[batch.adapter_of_seq[plan.sequences[row]]] for row in rows]
             lanes = self._lora.get(id(residents[0].layout)) or self._new_lanes(residents[0].layout)
-            room -= len(rows) * lanes.lane_elems * self._arena.element_size()
-            if room >= 0:
+            size = len(rows) * lanes.lane_elems * self._arena.element_size()
+            if size <= room:
+                room -= size
                 laned.append(_Laned(lanes, [rows[index] for index in lanes.hold(residents)]))
         if batch.num_single:
-            used = {id(on.lanes.layout) for on in laned}
-            self._lora = {key: lanes for key, lanes in self._lora.items() if key in used}
+            self._release({id(on.lanes.layout) for on in laned}, room)
         return _Lora(self._config, self._arena, plan, laned)
+
+    def _release(self, used: set[int], room: int) -> None:
+        """Empty the lanes of layouts that no row has now; keep their memory as far as it fits in `room`."""
+        for key, lanes in list(self._lora.items()):
+            if key not in used:
+                lanes.hold([])
+                room -= lanes.nbytes
+                if room < 0:
+                    del self._lora[key]
 
     def _new_lanes(self, layout: AdapterLayout) -> LoraLanes:
         lanes = LoraLanes(self._config, layout, self._arena)
