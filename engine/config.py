@@ -32,11 +32,11 @@ class EngineConfig:
     max_running: int = 256  # replies in one step
     max_adapter_bytes_per_step: int | None = None  # of distinct adapters in a step; None: no bound
     max_waiting: int = 4096  # requests in the queue, beyond which submit refuses
-    # Fairness: a request waiting this long goes before any younger one, whatever its user has used
-    ageing_s: float = 10.0
+    # Fairness: the user who has had the fewest tokens goes first; a second of waiting outweighs this many tokens
+    ageing_tokens_per_s: float = 50.0
     # Adapters
     load_threads: int = 2  # readers of adapter files, beside the step
-    failed_load_retry_s: float = 5.0  # a load that failed is answered with the same error for this long
+    failed_load_retry_s: float = 1.0  # a load that failed is answered with the same error for this long
     # Device
     device: str = "cpu"
     dtype: str = "float32"
@@ -61,10 +61,14 @@ class EngineConfig:
         for key in ("block_size", "threads", "max_adapter_bytes_per_step"):
             if getattr(self, key) is not None:
                 self._require(key, 1)
-        for key in ("ageing_s", "failed_load_retry_s", "disconnect_grace_s"):
+        for key in ("ageing_tokens_per_s", "failed_load_retry_s", "disconnect_grace_s"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise ConfigError(key, "seconds, 0 or more", value)
+                raise ConfigError(key, "a number, 0 or more", value)
+        if self.max_tokens_per_step < self.max_running:
+            raise ConfigError(
+                "max_tokens_per_step", f"max_running = {self.max_running} or more", self.max_tokens_per_step
+            )
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError("prefix_cache", "true or false", self.prefix_cache)
         if self.dtype not in DTYPES:

@@ -115,9 +115,19 @@ class Sequence:
     num_prompt: int = field(init=False)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)  # slab of each block of positions, in order
+    block_keys: list[bytes] = field(default_factory=list)  # prefix keys of whole blocks, as far as known
     # A packing.ResidentAdapter while its pages are on the device and pinned for this sequence, else None.
     # `packing` imports this file for AdapterRef, so the type cannot be named here without a circle.
     resident: Any = None
+    # The scheduler's notes
+    number: int = 0  # order of arrival
+    preemptions: int = 0
+    cached_tokens: int = 0  # found in the prefix cache when first admitted
+    arrived_at: float = 0.0
+    adapter_tier: AdapterTier = "none"  # where the adapter was on arrival
+    adapter_ready_at: float | None = None
+    admitted_at: float | None = None  # first time
+    first_token_at: float | None = None
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.request.generated]
@@ -137,9 +147,28 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def labels(self) -> frozenset[str]:
+        """Whose K/V this is; `forget` finds cached blocks by any of these."""
+        adapter = self.request.adapter
+        return frozenset(filter(None, (adapter.id if adapter else "", self.request.user_key)))
+
+    @property
     def num_pending(self) -> int:
         """Tokens whose K/V is not computed yet; 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The part of one sequence that runs in a step: positions start … start + length - 1.
+
+    `wants_token`: these are the last tokens known, so their end is sampled from.
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+    wants_token: bool
 
 
 @dataclass(frozen=True, slots=True)
