@@ -2,9 +2,10 @@
 
     disk ──load, in a thread──► host (LRU, bounded in bytes) ──place──► device slabs (pinned while used)
 
-A load never runs inside a step: a request whose adapter is not in host memory waits, others go on. On the device an
-adapter that nobody uses rests in the pool's eviction order beside idle K/V. A version never changes, so nothing is
-ever re-read; a failed load is answered with its error for a short while and then tried anew.
+A load never runs inside a step: a request whose adapter is not in host memory waits, others go on. On the
+device an adapter that nobody uses rests in the pool's eviction order beside idle K/V. A version never
+changes, so nothing is ever re-read; a failed load is answered with its error for a short while and then
+tried anew.
 """
 
 import logging
@@ -86,8 +87,10 @@ class LoadStats:
 
 
 class AdapterCache:
-    """`load(ref)` runs in the executor and returns a packed adapter or raises; `place(ref, packed, slabs)` copies it
-    into these slabs of the arena; `notify()` is called from a loader thread whenever a load has ended."""
+    """`load(ref)` runs in the executor and returns a packed adapter or raises; `place(ref, packed, slabs)`
+    copies it into these slabs of the arena; `notify()` is called from a loader thread whenever a load has
+    ended.
+    """
 
     def __init__(
         self,
@@ -168,8 +171,8 @@ class AdapterCache:
     def require(self, refs: Iterable[AdapterRef]) -> None:
         """Waiting requests need these, most urgent first: keep what is in host memory, load what is not.
 
-        Host copies wait for their request without being evicted, so the loads started are those whose images the
-        host limit can hold besides (always at least one).
+        Host copies wait for their request without being evicted, so the loads started are those whose
+        images the host limit can hold besides (always at least one).
         """
         needed: dict[AdapterRef, None] = {}
         room = self.host_limit
@@ -189,7 +192,9 @@ class AdapterCache:
         self._trim_host()
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Bring the adapter nearer: into host memory, and onto the device if there is room without evicting."""
+        """Bring the adapter nearer: into host memory, and onto the device if there is room
+        without evicting.
+        """
         self._prefetching[ref] = None
         if len(self._prefetching) > MAX_PREFETCHES:
             del self._prefetching[next(iter(self._prefetching))]
@@ -217,7 +222,8 @@ class AdapterCache:
     # The device
 
     def pin(self, ref: AdapterRef) -> Resident | None:
-        """Use a ready adapter: it stays on the device until as many unpins. None if the pool has no room for it.
+        """Use a ready adapter: it stays on the device until as many unpins. None if the pool has no room
+        for it.
 
         Raises AdapterUnavailable if copying it to the device fails.
         """
@@ -242,7 +248,8 @@ class AdapterCache:
             self._pool.rest(ref, entry.resident.slabs, "adapter")
 
     def forget(self, adapter_id: str) -> tuple[int, int]:
-        """Drop all versions of the adapter everywhere but on disk; returns (device slabs, host bytes) given back.
+        """Drop all versions of the adapter everywhere but on disk; returns (device slabs, host bytes)
+        given back.
 
         No version may be pinned: the engine cancels the adapter's requests first.
         """

@@ -32,7 +32,8 @@ class EngineConfig:
     max_running: int = 256  # replies in one step
     max_adapter_bytes_per_step: int | None = None  # of distinct adapters in a step; None: no bound
     max_waiting: int = 4096  # requests in the queue, beyond which submit refuses
-    # Fairness: the user who has had the fewest tokens goes first; a second of waiting outweighs this many tokens
+    # Fairness: the user who has had the fewest tokens goes first; a second of waiting outweighs this many
+    # tokens
     ageing_tokens_per_s: float = 50.0
     # Adapters
     load_threads: int = 2  # readers of adapter files, beside the step

@@ -1,9 +1,9 @@
 """PagePool: who owns which slab of the arena. One free list for K/V and adapters, one eviction order.
 
-The pool holds numbers, not tensors. A slab is free, or owned by "kv" or by "adapter". What is owned but not in
-use right now may *rest*: resting things of both kinds stand in one least-recently-used order, and `allocate` takes
-the oldest of them back when the free list alone does not suffice. So free + kv + adapters == total always holds,
-and `check_integrity` proves it.
+The pool holds numbers, not tensors. A slab is free, or owned by "kv" or by "adapter". What is owned but
+not in use right now may *rest*: resting things of both kinds stand in one least-recently-used order, and
+`allocate` takes the oldest of them back when the free list alone does not suffice. So free + kv +
+adapters == total always holds, and `check_integrity` proves it.
 """
 
 from collections import OrderedDict
@@ -48,11 +48,15 @@ class PagePool:
         return self._resting_slabs[owner]
 
     def on_evicted(self, owner: Owner, forget: Callable[[Hashable], None]) -> None:
-        """`forget(item)` is called when a resting item of this owner was taken back; its slabs are free by then."""
+        """`forget(item)` is called when a resting item of this owner was taken back; its slabs are free by
+        then.
+        """
         self._evicted[owner] = forget
 
     def allocate(self, n: int, owner: Owner) -> list[int] | None:
-        """Take n slabs, evicting resting things oldest first if needed. All or nothing: None evicts nothing."""
+        """Take n slabs, evicting resting things oldest first if needed. All or nothing: None
+        evicts nothing.
+        """
         if n > self.available:
             return None
         while len(self._free) < n:

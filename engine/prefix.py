@@ -106,7 +106,9 @@ class PrefixCache:
                     self._pool.free((slab,), "kv")
 
     def forget(self, label: str) -> int:
-        """Drop every cached block registered under the label; blocks in use are freed at their last release."""
+        """Drop every cached block registered under the label; blocks in use are freed at their
+        last release.
+        """
         slabs = list(self._slabs_of_label.get(label, ()))
         for slab in slabs:
             self._unregister(slab)

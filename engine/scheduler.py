@@ -1,13 +1,15 @@
 """Who runs in the next step, and with how many tokens. Decides; touches no tensor.
 
-Every step: replies that decode get one token each; the rest of the token budget goes to prompts, in chunks; what is
-left of it admits waiting requests. A request is admitted when the pages for all its tokens and for its adapter are
-there. When a decoding reply needs a page and there is none, the newest running request gives up its pages and
-returns to the queue (its prompt and output so far are computed again later), so the oldest always moves on.
+Every step: replies that decode get one token each; the rest of the token budget goes to prompts, in
+chunks; what is left of it admits waiting requests. A request is admitted when the pages for all its
+tokens and for its adapter are there. When a decoding reply needs a page and there is none, the newest
+running request gives up its pages and returns to the queue (its prompt and output so far are computed
+again later), so the oldest always moves on.
 
-The queue is fair between users (Sheng et al., "Fairness in Serving Large Language Models", 2023): each user has a
-counter of tokens served, and the user with the lowest goes first. A user who was away starts at the lowest counter
-of those present, so that absence saves nothing up. Waiting counts against the counter, so that nobody waits for ever.
+The queue is fair between users (Sheng et al., "Fairness in Serving Large Language Models", 2023): each
+user has a counter of tokens served, and the user with the lowest goes first. A user who was away starts
+at the lowest counter of those present, so that absence saves nothing up. Waiting counts against the
+counter, so that nobody waits for ever.
 """
 
 from bisect import insort
@@ -168,8 +170,8 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
         """Admit waiting requests in fair order while the budget and the pages last; append their chunks.
 
-        A request whose adapter is not ready is passed over. One whose pages are not there is not: it would wait
-        for ever behind smaller ones.
+        A request whose adapter is not ready is passed over. One whose pages are not there is not: it
+        would wait for ever behind smaller ones.
         """
         refused: list[tuple[Sequence, Refusal]] = []
         required: dict[AdapterRef, None] = {}
@@ -207,7 +209,9 @@ class Scheduler:
         return refused
 
     def _fair_order(self) -> Iterator[Sequence]:
-        """Waiting requests, the most deserving user's first. Charges made while iterating change what follows."""
+        """Waiting requests, the most deserving user's first. Charges made while iterating change what
+        follows.
+        """
         now = self._clock()
 
         def rank(user: str, position: int) -> tuple[float, int, str, int]:
@@ -225,7 +229,9 @@ class Scheduler:
                 heappush(heap, rank(user, position + 1))
 
     def _try_admit(self, sequence: Sequence) -> bool:
-        """Take the pages of a waiting request whose adapter is ready, all or none; False if they are not there."""
+        """Take the pages of a waiting request whose adapter is ready, all or none; False if they are not
+        there.
+        """
         adapter = sequence.request.adapter
         if adapter is not None:
             slabs = self._adapters.slabs_of(adapter)
@@ -242,7 +248,8 @@ class Scheduler:
             )
         self._blocks.acquire(found)
         new_blocks = self.blocks_for(sequence.num_tokens) - len(found)
-        # Each running reply may want a block soon; without this reserve, admitting would only bring on preemption.
+        # Each running reply may want a block soon; without this reserve, admitting would only bring on
+        # preemption.
         reserve = len(self.running)
         try:
             taken = self._take(adapter, new_blocks, reserve, sequence)
