@@ -3,9 +3,9 @@
     {"user": str, "conversation": str, "at": ISO-8601, "role": "user"|"assistant", "text": str,
      "author": "person"|"model", "rating": "up"|"down"|null}
 
-One turn a line, UTF-8. `author` may be left out (a person wrote the user's turns, a model the assistant's), a time
-without an offset is UTC, unknown fields are ignored. `dump` adds `id`, `version`, `corrects` and `removed` where a
-turn has them, so that an export brought back is the same history and not a second copy of it.
+One turn a line, UTF-8. `author` may be left out (a person wrote the user's turns, a model the assistant's), a
+time without an offset is UTC, unknown fields are ignored. `dump` adds `id`, `version`, `corrects` and `removed`
+where a turn has them, so that an export brought back is the same history and not a second copy of it.
 
 Pure: no clock, no disk, no network.
 """
@@ -37,14 +37,16 @@ class InvalidTurn(ValueError):
     def __init__(self, field: str, expected: str, got: object) -> None:
         self.field = field
         shown = repr(got)
-        super().__init__(f"{field}: expected {expected}, got {shown if len(shown) <= 60 else shown[:57] + '...'}")
+        if len(shown) > 60:
+            shown = shown[:57] + "..."
+        super().__init__(f"{field}: expected {expected}, got {shown}")
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One thing said. `at` is UTC; `version` is the adapter version that wrote a model's turn (0 is the bare base);
-    `corrects` is the id of the turn that this one replaces; `removed` means the person took it out of learning, or
-    that a correction took its place. Raises InvalidTurn."""
+    """One thing said. `at` is UTC; `version` is the adapter version that wrote a model's turn (0 is the bare
+    base); `corrects` is the id of the turn that this one replaces; `removed` means that the person took it out of
+    learning, or that a correction took its place. Raises InvalidTurn."""
 
     id: str
     conversation: str
@@ -93,7 +95,16 @@ def effective(turns: Sequence[Turn]) -> list[Turn]:
     whose original is not among the turns stays where it is."""
     present = {turn.id for turn in turns}
     newest = {turn.corrects: turn for turn in turns if turn.corrects in present}
-    return [newest.get(turn.id, turn) for turn in turns if turn.corrects not in present]
+    said = []
+    for turn in turns:
+        if turn.corrects in present:
+            continue
+        seen = {turn.id}
+        while turn.id in newest and newest[turn.id].id not in seen:  # a correction may itself be corrected
+            turn = newest[turn.id]
+            seen.add(turn.id)
+        said.append(turn)
+    return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +125,7 @@ class Parsed:
 
 def parse(lines: Iterable[bytes], *, not_after: datetime | None = None) -> Parsed:
     """Read the interchange format. A bad line becomes an error with its number, the rest is read; blank lines are
-    skipped. `not_after` refuses turns from the future, which would stay newer than all that is said from now on."""
+    skipped. `not_after` refuses turns from the future, which would stay newer than anything said from now on."""
     turns: dict[str, list[Turn]] = {}
     errors: list[LineError] = []
     repeats: Counter[str] = Counter()
@@ -266,5 +277,5 @@ def _content_key(user: str, conversation: str, at: datetime, role: str, text: st
 
 
 def _turn_id(content_key: str, ordinal: int) -> str:
-    """The id of the `ordinal`-th turn (from 0) that says exactly this: the same file gives the same ids each time."""
+    """The id of the `ordinal`-th turn (from 0) that says exactly this: the same file gives the same ids again."""
     return hashlib.sha256(f"{content_key}:{ordinal}".encode()).hexdigest()[:32]
