@@ -4,12 +4,12 @@ is trained on the very ids that it is served with.
 Earlier conversations join the prompt as earlier turns of the same chat: the simplest thing, and what training
 sees too. A corrected turn is shown as corrected. Text is stripped at both ends, as most templates do.
 
-The window is whole turns, newest first, as many as fit. Its start must not move with every message, or no
-prompt would begin like the one before and nothing could be reused from the prefix cache. It also must not
-depend on anything but the turns themselves. So: while everything fits, the window begins with the first turn
-given; otherwise, of the user's turns from which on the window would be between half full and full, it begins
-with the one whose id hashes lowest. That turn stays the lowest until it no longer fits or a lower one becomes
-half a window old, which happens about four times per window of turns, wherever the list given was cut off.
+The window is whole turns, newest first. Its start must not move with every message, or no prompt would begin
+like the one before and the prefix cache could reuse nothing; nor may it depend on anything but the turns. So
+the window is grown turn by turn from the first one given, and each time it is full its start jumps: to that
+one of the user's turns which leave it 35 % to 65 % full whose id hashes lowest. Two lists that end alike but
+begin at different places (the newest 400 turns, one message later) soon jump to the same turn and stay
+together.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -27,6 +28,7 @@ from personalization.history import Turn, effective, learned
 from personalization.template import PLAIN_STOP, Message, load_template, read_json
 
 COUNTED_TEXTS = 16_384  # texts whose token count is remembered
+KEPT_AT_A_JUMP = (0.35, 0.65)  # of the window
 
 # Put around a turn's text to see where the template leaves it; private characters, never part of a
 # vocabulary.
@@ -96,7 +98,7 @@ class Renderer:
         self._forged = re.compile(
             "|".join(map(re.escape, sorted(self._special.values(), key=len, reverse=True)))
         )
-        self._count = lru_cache(COUNTED_TEXTS)(lambda text: len(self._encode(text)))
+        self._count = lru_cache(COUNTED_TEXTS)(lambda text: len(self._encode(self._clean(text))))
         self.eos_token_ids = self._find_end_tokens(tokenizer_folder)
         self._measure_frame()
 
@@ -153,11 +155,7 @@ class Renderer:
 
     def cost(self, turn: Turn) -> int:
         """At most how many tokens the turn adds to a prompt or an example, its frame included."""
-        return self._count(self._clean(turn.text)) + self._turn_cost[turn.role]
-
-    def count(self, text: str) -> int:
-        """Tokens of a text by itself."""
-        return self._count(text)
+        return self._count(turn.text) + self._turn_cost[turn.role]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -234,28 +232,28 @@ class Renderer:
 
     def _window_starts(self, turns: Sequence[Turn], budget: int) -> list[int]:
         """Where the window may begin, best first; see the top of this file. The costs are upper bounds, so
-        the first nearly always fits; those after it each show less."""
-        first, used, costs = len(turns), 0, [0] * len(turns)
-        while first > 0:
-            costs[first - 1] = self.cost(turns[first - 1])
-            if used + costs[first - 1] > budget:
-                break
-            first -= 1
-            used += costs[first]
-        if first == 0:
-            best = 0
-        else:
-            eligible = []
-            for start in range(first, len(turns)):
-                if turns[start].role == "user" and used * 2 >= budget:
-                    eligible.append(start)
-                used -= costs[start]
-            best = min(eligible, key=lambda start: _rank(turns[start]), default=len(turns) - 1)
-        later = [start for start in range(best + 1, len(turns) - 1) if turns[start].role == "user"]
-        return list(dict.fromkeys([best, *later, len(turns) - 1]))
+        the first one nearly always fits; each one after it shows less."""
+        upto = list(accumulate((self.cost(turn) for turn in turns), initial=0))  # upto[i]: cost of turns[:i]
+        least, most = (part * budget for part in KEPT_AT_A_JUMP)
+        start = 0
+        for end in range(1, len(turns) + 1):
+            if upto[end] - upto[start] > budget:
+                users = [
+                    place
+                    for place in range(start + 1, end)
+                    if turns[place].role == "user" and upto[end] - upto[place] <= most
+                ]
+                enough = [place for place in users if upto[end] - upto[place] >= least]
+                start = (
+                    min(enough, key=lambda place: _rank(turns[place]))
+                    if enough
+                    else min(users, default=end - 1)
+                )
+        later = [place for place in range(start + 1, len(turns) - 1) if turns[place].role == "user"]
+        return list(dict.fromkeys([start, *later, len(turns) - 1]))
 
     def _instruction_cost(self, instructions: str | None) -> int:
-        return 0 if instructions is None else self._count(self._clean(instructions)) + self._turn_cost["user"]
+        return 0 if instructions is None else self._count(instructions) + self._turn_cost["user"]
 
     def _measure_frame(self) -> None:
         """What the template adds to each turn (`_turn_cost`) and once per prompt (`frame_cost`), in
