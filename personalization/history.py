@@ -3,9 +3,9 @@
     {"user": str, "conversation": str, "at": ISO-8601, "role": "user"|"assistant", "text": str,
      "author": "person"|"model", "rating": "up"|"down"|null}
 
-One turn a line, UTF-8. `author` may be left out (a person wrote the user's turns, a model the assistant's), a
-time without an offset is UTC, unknown fields are ignored. `dump` adds `id`, `version`, `corrects` and `removed`
-where a turn has them, so that an export brought back is the same history and not a second copy of it.
+One turn a line, UTF-8. `author` may be left out (a person wrote the user's turns, a model the assistant's),
+a time without an offset is UTC, unknown fields are ignored. `dump` adds `id`, `version`, `corrects` and
+`removed` where a turn has them: an export brought back is the same history, not a second copy of it.
 
 Pure: no clock, no disk, no network.
 """
@@ -45,8 +45,8 @@ class InvalidTurn(ValueError):
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One thing said. `at` is UTC; `version` is the adapter version that wrote a model's turn (0 is the bare
-    base); `corrects` is the id of the turn that this one replaces; `removed` means that the person took it out of
-    learning, or that a correction took its place. Raises InvalidTurn."""
+    base); `corrects` is the id of the turn that this one replaces; `removed` means that the person took it
+    out of learning, or that a correction took its place. Raises InvalidTurn."""
 
     id: str
     conversation: str
@@ -91,8 +91,8 @@ def learned(turn: Turn) -> bool:
 
 
 def effective(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns as they should have been: a corrected turn gives its place to its newest correction. A correction
-    whose original is not among the turns stays where it is."""
+    """The turns as they should have been: a corrected turn gives its place to its newest correction.
+    A correction whose original is not among the turns stays where it is."""
     present = {turn.id for turn in turns}
     newest = {turn.corrects: turn for turn in turns if turn.corrects in present}
     said = []
@@ -124,8 +124,9 @@ class Parsed:
 
 
 def parse(lines: Iterable[bytes], *, not_after: datetime | None = None) -> Parsed:
-    """Read the interchange format. A bad line becomes an error with its number, the rest is read; blank lines are
-    skipped. `not_after` refuses turns from the future, which would stay newer than anything said from now on."""
+    """Read the interchange format. A bad line becomes an error with its number, the rest is read; blank lines
+    are skipped. `not_after` refuses turns from the future: they would stay newer than all that is said
+    later."""
     turns: dict[str, list[Turn]] = {}
     errors: list[LineError] = []
     repeats: Counter[str] = Counter()
@@ -277,5 +278,5 @@ def _content_key(user: str, conversation: str, at: datetime, role: str, text: st
 
 
 def _turn_id(content_key: str, ordinal: int) -> str:
-    """The id of the `ordinal`-th turn (from 0) that says exactly this: the same file gives the same ids again."""
+    """The id of the `ordinal`-th turn (from 0) that says exactly this: the same file, the same ids."""
     return hashlib.sha256(f"{content_key}:{ordinal}".encode()).hexdigest()[:32]
