@@ -367,6 +367,8 @@ export class App {
       item.text = reply.text;
       item.id = reply.itemId;
       item.version = reply.facts.version;
+      const said = running.thread.items[running.thread.items.indexOf(item) - 1];
+      if (said?.kind === "person") said.id ??= reply.facts.metadata["user_turn_id"] ?? null;
     }
     this.touch(item);
     if (reply.running) return;

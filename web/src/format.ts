@@ -26,6 +26,12 @@ export function dateTime(iso: string | null | undefined): string {
   return at.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 }
 
+/** "21 Nov, 14:03" */
+export function shortTime(iso: string): string {
+  const at = new Date(iso);
+  return `${day(iso)}, ${at.toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit" })}`;
+}
+
 /** The heading a conversation stands under in the list. */
 export function period(iso: string, now = Date.now()): string {
   const at = Date.parse(iso);

@@ -61,7 +61,7 @@ export interface ResponseObject {
   output?: { id?: string; type?: string; content?: { type?: string; text?: string }[] }[];
   usage?: { input_tokens?: number; output_tokens?: number; input_tokens_details?: { cached_tokens?: number } } | null;
   metadata?: Record<string, string> | null;
-  conversation?: { id?: string } | null;
+  store?: boolean;
   error?: { code?: string; message?: string } | null;
   incomplete_details?: { reason?: string } | null;
   [extra: string]: unknown;
