@@ -1,0 +1,206 @@
+"""An adapter in slabs: where each piece of A and B lies, and the image that is copied into the arena.
+
+The arena is [num_slabs, slab_elems]; K/V blocks and adapters take slabs of the same size. A module of rank r
+is cut into ceil(r / 8) tiles of A, [8, in], and as many of B transposed, [8, out]; the last tile's missing
+rank rows are zeros. A tile lies whole inside one slab, slabs need not be adjacent, and no module an adapter
+lacks takes any room.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from engine.adapter_files import LoraModule, LoraWeights
+from engine.model import MODULES, ModelConfig, module_shape
+from engine.request import AdapterRef
+from kernels import RANK_TILE
+
+
+class SlabTooSmall(ValueError):
+    """A tile does not fit in a slab: `expected` (least) and `got`, in elements."""
+
+    def __init__(self, expected: int, got: int) -> None:
+        super().__init__(f"expected slabs of at least {expected} elements, got {got}")
+        self.expected = expected
+        self.got = got
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTiles:
+    """Where one module lies: for each tile of 8 rank rows its element offset from the start of the image."""
+
+    layer: int
+    module: str
+    rank: int
+    scale: float
+    in_features: int
+    out_features: int
+    a_offsets: tuple[int, ...]
+    b_offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """The places of all tiles of one adapter shape (modules, ranks, scales); adapters of a shape share it."""
+
+    slab_elems: int
+    slabs_needed: int
+    modules: tuple[ModuleTiles, ...]
+
+    @property
+    def tile_elems(self) -> int:
+        """Elements of all tiles; the rest of the slabs is waste."""
+        return sum(
+            RANK_TILE * (len(m.a_offsets) * m.in_features + len(m.b_offsets) * m.out_features)
+            for m in self.modules
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slabs in float32; an image knows its own size."""
+        return self.slabs_needed * self.slab_elems * 4
+
+    def pack(self, weights: LoraWeights, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The image [slabs_needed, slab_elems] of weights of this shape."""
+        image = torch.zeros(self.slabs_needed * self.slab_elems, dtype=dtype)
+        for tiles, lora in zip(self.modules, weights.modules, strict=True):
+            _write_tiles(image, tiles.a_offsets, lora.a)
+            _write_tiles(image, tiles.b_offsets, lora.b.t())
+        return image.view(self.slabs_needed, self.slab_elems)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """The host form: copied slab by slab into the arena."""
+
+    layout: AdapterLayout
+    image: Tensor  # [slabs_needed, slab_elems]
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.numel() * self.image.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class TileTable:
+    """Element offsets into the arena of every tile, for kernels.
+
+    tiles_a and tiles_b [L, 7, P] int64, the modules in the order of MODULES, -1 beyond a module's own tiles;
+    scales [L, 7] float32, 0 for a module the adapter lacks.
+    """
+
+    tiles_a: Tensor
+    tiles_b: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """The device form: slab i of the image lies in slab slabs[i] of the arena."""
+
+    ref: AdapterRef
+    layout: AdapterLayout
+    slabs: tuple[int, ...]
+
+    def table(self, num_layers: int) -> TileTable:
+        """Where the tiles lie now. The caller keeps it; it is rebuilt from the layout at each call."""
+        most = max((len(m.a_offsets) for m in self.layout.modules), default=0)
+        tiles_a = torch.full((num_layers, len(MODULES), most), -1, dtype=torch.int64)
+        tiles_b = tiles_a.clone()
+        scales = torch.zeros(num_layers, len(MODULES))
+        for m in self.layout.modules:
+            at = (m.layer, MODULES.index(m.module))
+            scales[at] = m.scale
+            tiles_a[at][: len(m.a_offsets)] = torch.tensor([self._at(offset) for offset in m.a_offsets])
+            tiles_b[at][: len(m.b_offsets)] = torch.tensor([self._at(offset) for offset in m.b_offsets])
+        return TileTable(tiles_a, tiles_b, scales)
+
+    def _at(self, offset: int) -> int:
+        slab, within = divmod(offset, self.layout.slab_elems)
+        return self.slabs[slab] * self.layout.slab_elems + within
+
+
+def pack_adapter(
+    weights: LoraWeights, config: ModelConfig, slab_elems: int, dtype: torch.dtype = torch.float32
+) -> PackedAdapter:
+    """The host form of an adapter. Raises SlabTooSmall when a tile of this model does not fit in a slab."""
+    shape = tuple((m.layer, m.module, m.rank, m.scale) for m in weights.modules)
+    layout = _layout(shape, config, slab_elems)
+    return PackedAdapter(layout, layout.pack(weights, dtype))
+
+
+def min_slab_elems(config: ModelConfig) -> int:
+    """The largest tile of this model: the least a slab must hold."""
+    return RANK_TILE * max(max(module_shape(config, module)) for module in MODULES)
+
+
+def unpack(layout: AdapterLayout, image: Tensor) -> LoraWeights:
+    """The weights of an image, as float32: the inverse of pack, up to the image's dtype."""
+    flat = image.reshape(-1).float()
+    return LoraWeights(
+        tuple(
+            LoraModule(
+                m.layer,
+                m.module,
+                _read_tiles(flat, m.a_offsets, m.in_features)[: m.rank],
+                _read_tiles(flat, m.b_offsets, m.out_features)[: m.rank].t().contiguous(),
+                m.scale,
+            )
+            for m in layout.modules
+        )
+    )
+
+
+Shape = tuple[tuple[int, str, int, float], ...]  # layer, module, rank, scale
+
+
+@lru_cache(maxsize=64)  # nearly all adapters of a service have one of a few shapes
+def _layout(shape: Shape, config: ModelConfig, slab_elems: int) -> AdapterLayout:
+    """First-fit decreasing. Tiles have few distinct sizes, so each size walks the slabs once."""
+    sizes = {module: module_shape(config, module) for module in MODULES}  # (out, in)
+    if (least := min_slab_elems(config)) > slab_elems:
+        raise SlabTooSmall(least, slab_elems)
+    wanted: dict[int, list[tuple[int, str]]] = {}  # tile width -> (index of the module, "a" or "b") per tile
+    for index, (_, module, rank, _) in enumerate(shape):
+        out_features, in_features = sizes[module]
+        tiles = -(-rank // RANK_TILE)
+        wanted.setdefault(in_features, []).extend([(index, "a")] * tiles)
+        wanted.setdefault(out_features, []).extend([(index, "b")] * tiles)
+    used: list[int] = []  # elements taken of each slab
+    offsets: dict[tuple[int, str], list[int]] = {}
+    for width in sorted(wanted, reverse=True):
+        size, slab = RANK_TILE * width, 0
+        for key in wanted[width]:
+            while slab < len(used) and used[slab] + size > slab_elems:
+                slab += 1
+            if slab == len(used):
+                used.append(0)
+            offsets.setdefault(key, []).append(slab * slab_elems + used[slab])
+            used[slab] += size
+    modules = tuple(
+        ModuleTiles(
+            layer,
+            module,
+            rank,
+            scale,
+            sizes[module][1],
+            sizes[module][0],
+            tuple(offsets[index, "a"]),
+            tuple(offsets[index, "b"]),
+        )
+        for index, (layer, module, rank, scale) in enumerate(shape)
+    )
+    return AdapterLayout(slab_elems, len(used), modules)
+
+
+def _write_tiles(image: Tensor, offsets: tuple[int, ...], rows: Tensor) -> None:
+    for index, offset in enumerate(offsets):
+        tile = rows[index * RANK_TILE : (index + 1) * RANK_TILE]
+        image[offset : offset + tile.numel()] = tile.reshape(-1)
+
+
+def _read_tiles(flat: Tensor, offsets: tuple[int, ...], width: int) -> Tensor:
+    tiles = [flat[offset : offset + RANK_TILE * width].view(RANK_TILE, width) for offset in offsets]
+    return torch.cat(tiles)

@@ -1,0 +1,333 @@
+"""A Hugging Face model folder → ModelConfig and Decoder, or an error that says what is wrong with it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.model import GROUP_MODULES, GROUPS, Decoder, Layer, ModelConfig, RopeConfig, module_shape
+from engine.tensor_files import (
+    ModelError,
+    NotSafetensors,
+    TensorSpec,
+    WrongShape,
+    read_header,
+)
+
+__all__ = [
+    "LoadedModel", "MissingFile", "MissingShard", "MissingTensor", "ModelError", "NotSafetensors",
+    "UnexpectedTensor", "UnknownArchitecture", "UnsupportedModel", "WrongShape", "load_model", "read_config",
+]  # fmt: skip
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+# Derived values that old exporters stored; the model computes them.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+class UnknownArchitecture(ModelError):
+    """The folder's model is none of the served families: `architecture`."""
+
+    def __init__(self, architecture: str) -> None:
+        known = ", ".join(ARCHITECTURES)
+        super().__init__(f"expected one of {known}, got {architecture}")
+        self.architecture = architecture
+
+
+class UnsupportedModel(ModelError):
+    """A served family with a feature that is not: `field`, `expected`, `got`."""
+
+    def __init__(self, field: str, expected: object, got: object) -> None:
+        super().__init__(f"config.json: {field}: expected {expected}, got {got!r}")
+        self.field = field
+        self.expected = expected
+        self.got = got
+
+
+class MissingFile(ModelError):
+    """The folder lacks a file every model has: `path`."""
+
+    def __init__(self, path: Path, reason: str = "no such file") -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
+
+class MissingShard(ModelError):
+    """The index names a shard that is not in the folder: `path`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"expected the shard {path.name} beside its index, found no such file in {path.parent}"
+        )
+        self.path = path
+
+
+class MissingTensor(ModelError):
+    """No file holds this tensor: `name`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"expected a tensor {name}, found none of that name")
+        self.name = name
+
+
+class UnexpectedTensor(ModelError):
+    """A tensor this family does not have; leaving it out would compute something else: `name`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name}: this architecture has no such tensor")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run. `base_hash` names config and weights, however they are sharded or loaded."""
+
+    config: ModelConfig
+    decoder: Decoder
+    base_hash: str
+
+
+def load_model(
+    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """Load `folder` (config.json and safetensors, sharded or not). Raises ModelError subclasses."""
+    config = read_config(folder)
+    files = _tensor_files(folder)
+    with torch.device("meta"):
+        decoder = Decoder(config).to(dtype)
+    decoder.to_empty(device=device)
+    if config.tie_word_embeddings:
+        decoder.head.weight = decoder.embed  # to_empty gave each its own memory
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    targets = _targets(config, decoder)
+    with ExitStack() as stack:
+        handles = {
+            path: stack.enter_context(safe_open(path, framework="pt"))
+            for path in sorted({path for path, _ in files.values()})
+        }
+        for name in _checked_names(targets, files):
+            path, spec = files[name]
+            tensor: Tensor = handles[path].get_tensor(name)
+            digest.update(f"{name} {spec.dtype} {spec.shape}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+            targets[name].copy_(tensor)
+    return LoadedModel(config, decoder.eval(), digest.hexdigest())
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """ModelConfig from config.json and generation_config.json. Raises ModelError subclasses."""
+    raw = _read_json(folder / "config.json")
+    architecture = (raw.get("architectures") or [raw.get("model_type", "none named")])[0]
+    family = ARCHITECTURES.get(architecture)
+    if family is None:
+        raise UnknownArchitecture(str(architecture))
+    _refuse_unsupported(raw, family)
+    hidden, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+    layers = _size(raw, "num_hidden_layers")
+    default_head_dim = 128 if family == "qwen3" else hidden // heads
+    window, sliding_layers = _sliding(raw, family, layers)
+    config = ModelConfig(
+        architecture=architecture,
+        vocab_size=_size(raw, "vocab_size"),
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=_size(raw, "num_key_value_heads", heads),
+        head_dim=_size(raw, "head_dim", default_head_dim),
+        intermediate_size=_size(raw, "intermediate_size"),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=_rope(raw, family),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=window,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
+        bos_token_id=next(iter(_token_ids(raw.get("bos_token_id"))), None),
+        eos_token_ids=_eos_token_ids(folder, raw),
+        sliding_layers=sliding_layers,
+    )
+    if config.num_heads % config.num_kv_heads:
+        raise UnsupportedModel("num_key_value_heads", f"a divisor of {config.num_heads}", config.num_kv_heads)
+    if config.head_dim % 2:
+        raise UnsupportedModel("head_dim", "an even number", config.head_dim)
+    return config
+
+
+def _refuse_unsupported(raw: dict[str, Any], family: str) -> None:
+    expected = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None}
+    if family != "qwen2":  # its bias on q, k and v needs no flag
+        expected["attention_bias"] = False
+    for field, value in expected.items():
+        if raw.get(field, value) != value:
+            raise UnsupportedModel(field, value, raw[field])
+
+
+def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
+    # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling.
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise UnsupportedModel("rope_parameters", "an object", parameters)
+    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedModel("partial_rotary_factor", 1.0, parameters.get("partial_rotary_factor"))
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, "linear", float(parameters["factor"]))
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            "llama3",
+            float(parameters["factor"]),
+            float(parameters["low_freq_factor"]),
+            float(parameters["high_freq_factor"]),
+            int(parameters["original_max_position_embeddings"]),
+        )
+    raise UnsupportedModel("rope_type", "default, linear or llama3", kind)
+
+
+def _sliding(raw: dict[str, Any], family: str, layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """(window, layers it applies to). Mistral: all; Qwen: those named or from max_window_layers on."""
+    window = raw.get("sliding_window", 4096 if family == "mistral" else None)
+    used = family == "mistral" or (family.startswith("qwen") and raw.get("use_sliding_window", False))
+    if not used or window is None:
+        return None, ()
+    if family == "mistral":
+        return int(window), tuple(range(layers))
+    types = raw.get("layer_types")
+    if types is None:
+        first = int(raw.get("max_window_layers", 28))
+        return int(window), tuple(range(min(first, layers), layers))
+    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise UnsupportedModel("layer_types", f"{layers} of sliding_attention, full_attention", types)
+    return int(window), tuple(index for index, kind in enumerate(types) if kind == "sliding_attention")
+
+
+def _size(raw: dict[str, Any], field: str, default: int | None = None) -> int:
+    value = raw.get(field)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or value < 1:
+        raise UnsupportedModel(field, "a positive integer", value)
+    return value
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    """The end tokens of both files: chat models add their end of turn in generation_config.json."""
+    found = list(_token_ids(raw.get("eos_token_id")))
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        found += _token_ids(_read_json(generation).get("eos_token_id"))
+    return tuple(dict.fromkeys(found))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingFile(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MissingFile(path, f"expected a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise MissingFile(path, f"expected a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _tensor_files(folder: Path) -> dict[str, tuple[Path, TensorSpec]]:
+    """Each tensor's file and header entry, from the index and its shards or from the single file."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise MissingFile(index, "expected an object weight_map")
+        shards: dict[str, dict[str, TensorSpec]] = {}
+        files: dict[str, tuple[Path, TensorSpec]] = {}
+        for name, shard in weight_map.items():
+            path = folder / Path(str(shard)).name  # a shard lies beside its index, whatever the index says
+            if shard not in shards:
+                if not path.is_file():
+                    raise MissingShard(path)
+                shards[shard] = read_header(path)
+            if name not in shards[shard]:
+                raise MissingTensor(f"{name} in {shard}")
+            files[name] = (path, shards[shard][name])
+        return files
+    if single.is_file():
+        return {name: (single, spec) for name, spec in read_header(single).items()}
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        for path in sorted(folder.glob(pattern)):
+            raise NotSafetensors(path, "a Python pickle")
+    raise MissingFile(single)
+
+
+def _checked_names(targets: dict[str, Tensor], files: dict[str, tuple[Path, TensorSpec]]) -> Iterator[str]:
+    """The names to load, sorted, after comparing what is there with what the model has."""
+    for name, (path, spec) in files.items():
+        if name.endswith(_IGNORED_SUFFIXES):
+            continue
+        if name not in targets:
+            if name == "lm_head.weight":  # a tied model may store its embedding twice
+                continue
+            raise UnexpectedTensor(name)
+        if spec.dtype not in _FLOAT_DTYPES:
+            raise UnsupportedModel(name, " or ".join(_FLOAT_DTYPES), spec.dtype)
+        expected = tuple(targets[name].shape)
+        if spec.shape != expected:
+            raise WrongShape(path.name, name, expected, spec.shape)
+    for name in targets:
+        if name not in files:
+            raise MissingTensor(name)
+    return iter(sorted(targets))
+
+
+def _targets(config: ModelConfig, decoder: Decoder) -> dict[str, Tensor]:
+    """Views into the decoder's fused parameters by Hugging Face tensor name."""
+    targets: dict[str, Tensor] = {
+        "model.embed_tokens.weight": decoder.embed,
+        "model.norm.weight": decoder.norm,
+    }
+    if not config.tie_word_embeddings:
+        targets["lm_head.weight"] = decoder.head.weight
+    for index, layer in enumerate(decoder.layers):
+        assert isinstance(layer, Layer)
+        prefix = f"model.layers.{index}."
+        targets[prefix + "input_layernorm.weight"] = layer.input_norm
+        targets[prefix + "post_attention_layernorm.weight"] = layer.post_norm
+        if layer.q_norm is not None and layer.k_norm is not None:
+            targets[prefix + "self_attn.q_norm.weight"] = layer.q_norm
+            targets[prefix + "self_attn.k_norm.weight"] = layer.k_norm
+        for group in GROUPS:
+            projection = getattr(layer, group)
+            begin = 0
+            for module in GROUP_MODULES[group]:
+                end = begin + module_shape(config, module)[0]
+                path = prefix + module_path(module)
+                targets[path + ".weight"] = projection.weight[begin:end]
+                if projection.bias is not None:
+                    targets[path + ".bias"] = projection.bias[begin:end]
+                begin = end
+    return {name: tensor.detach() for name, tensor in targets.items()}
+
+
+def module_path(module: str) -> str:
+    """Where a linear module sits in its layer: self_attn.q_proj, mlp.up_proj, …"""
+    return ("self_attn." if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp.") + module

@@ -1,0 +1,160 @@
+"""Every op in plain torch: the specification that kernels are tested against, and the CPU path."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RANK_TILE = 8  # rank rows of one adapter tile
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = x / sqrt(mean(x²) + eps) * weight over the last side. x [.., H], weight [H] -> [.., H]."""
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for `rotary`: angle[t, i] = positions[t] * inv_freq[i mod D/2].
+
+    positions [T] int, inv_freq [D/2] float32 -> cos and sin [T, 1, D], the first half of sin negated.
+    """
+    angles = positions.to(torch.float32)[:, None, None] * inv_freq  # [T, 1, D/2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """y = x * cos + (x with its halves exchanged) * sin. x [T, H, D], cos and sin of `rope_angles`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def gated_activation(gate_up: Tensor) -> Tensor:
+    """y = silu(g) * u. gate_up [T, 2F] = (g | u) -> [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def write_kv(k: Tensor, v: Tensor, slabs: Tensor, layer: int, block: Tensor, offset: Tensor) -> None:
+    """slabs[block[t], layer, 0, offset[t]] = k[t]; slabs[block[t], layer, 1, offset[t]] = v[t].
+
+    k and v [T, Hkv, D]; slabs [num_slabs, L, 2, block_size, Hkv, D] is changed; block and offset [T] int64.
+    """
+    slabs[block, layer, 0, offset] = k
+    slabs[block, layer, 1, offset] = v
+
+
+def paged_attention(
+    q: Tensor,
+    slabs: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    context_lens: Sequence[int],
+    query_start: Sequence[int],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Softmax attention of each sequence's newest tokens over its own pages; decode and prefill alike.
+
+    o[t] = sum_j softmax_j(scale * q[t] . K[j]) V[j] over the positions j of the same sequence with
+    p - window < j <= p, where p is the position of t; query head h reads K/V head h // (Hq / Hkv).
+
+    q [T, Hq, D] holds tokens query_start[s] .. query_start[s+1] of sequence s, the last of its
+    context_lens[s] positions, whose K/V is already written. slabs [num_slabs, L, 2, block_size, Hkv, D];
+    position j of sequence s lies in slab block_tables[s, j // block_size] at offset j % block_size.
+    Nothing else of the slabs is read. -> [T, Hq, D].
+    """
+    out = torch.empty_like(q)
+    block_size = slabs.shape[3]
+    for s, length in enumerate(context_lens):
+        begin, end = query_start[s], query_start[s + 1]
+        if begin == end:
+            continue
+        blocks = block_tables[s, : -(-length // block_size)]
+        pages = slabs[blocks, layer]  # [n, 2, block_size, Hkv, D]
+        kv = pages.transpose(0, 1).reshape(2, -1, *pages.shape[3:])[:, :length]  # [2, length, Hkv, D]
+        out[begin:end] = attend_one(q[begin:end], kv[0], kv[1], scale, window)
+    return out
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of the last rows of one sequence. q [n, Hq, D], k and v [len, Hkv, D] -> [n, Hq, D].
+
+    Row i of q stands at position len - n + i and sees positions up to its own, the newest `window` of them.
+    """
+    count, length = q.shape[0], k.shape[0]
+    groups = q.shape[1] // k.shape[1]
+    last = torch.arange(length - count, length, device=q.device)[:, None]
+    at = torch.arange(length, device=q.device)
+    mask = None
+    if count > 1 or (window is not None and window < length):
+        mask = at <= last
+        if window is not None:
+            mask &= at > last - window
+    heads = q.transpose(0, 1)[None]  # [1, Hq, n, D]
+    k, v = (x.transpose(0, 1).repeat_interleave(groups, 0)[None] for x in (k, v))  # [1, Hq, len, D]
+    mixed = torch.nn.functional.scaled_dot_product_attention(heads, k, v, attn_mask=mask, scale=scale)
+    return mixed[0].transpose(0, 1)
+
+
+def lora_pages(
+    x: Tensor,
+    y: Tensor,
+    arena: Tensor,
+    adapter_of_row: Tensor,
+    tiles_a: Tensor,
+    tiles_b: Tensor,
+    scales: Tensor,
+    widths: Sequence[int],
+) -> Tensor:
+    """Mixed-adapter LoRA straight from pages, for the modules of one fused group in one layer.
+
+    y[t, cols(m)] += scales[n, m] * (x[t] @ A[n, m].T) @ B[n, m], n = adapter_of_row[t]; y[t] stays if n = -1.
+
+    x [T, in]; y [T, sum(widths)], changed in place and returned; arena: flat, of x's dtype. A[n, m] are the
+    rows of the tiles [8, in] that start at elements tiles_a[n, m, p] of the arena, B[n, m] those of the tiles
+    [8, widths[m]] at tiles_b[n, m, p], p = 0, 1, …; -1 ends the list (a rank below the largest, or no such
+    module). adapter_of_row [T]; tiles_a and tiles_b [N, M, P] int64; scales [N, M] float32.
+    """
+    for n in sorted(set(adapter_of_row.tolist()) - {-1}):
+        rows = (adapter_of_row == n).nonzero()[:, 0]
+        begin = 0
+        for m, width in enumerate(widths):
+            a = _tiles(arena, tiles_a[n, m], x.shape[1])
+            b = _tiles(arena, tiles_b[n, m], width)
+            if a is not None and b is not None:
+                delta = ((x[rows] @ a.t()) * scales[n, m].to(x.dtype)) @ b
+                y[rows, begin : begin + width] += delta
+            begin += width
+    return y
+
+
+def _tiles(arena: Tensor, offsets: Tensor, width: int) -> Tensor | None:
+    found = [arena[o : o + RANK_TILE * width].view(RANK_TILE, width) for o in offsets.tolist() if o >= 0]
+    return torch.cat(found) if found else None
+
+
+class PackedLinear:
+    """y = x @ W.T (+ bias) on a CPU in float32, from a copy of W in the order the product reads it in.
+
+    A plain product of few rows packs W anew in each call, at 8 rows for as much time as the product itself
+    takes. The price is the second copy of W.
+    """
+
+    # The packing is good for any number of rows; it is laid out for as many as a decode step usually has.
+    _ROWS = 64
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), self._ROWS)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, weight, bias, x.shape[0])
+        return y
+
+    @staticmethod
+    def supports(weight: Tensor) -> bool:
+        """Whether this torch build has the packed product, for a tensor like this."""
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.float32
+            and hasattr(torch.ops.mkl, "_mkl_linear")
+        )
