@@ -118,6 +118,7 @@ class AdapterCache:
         self._notify = notify
         self._device: dict[AdapterRef, _OnDevice] = {}
         self._host: OrderedDict[AdapterRef, Packed] = OrderedDict()  # least recently used first
+        self._largest_image = 0  # bytes
         self._loading: dict[AdapterRef, Future[Packed]] = {}
         self._started: dict[AdapterRef, float] = {}
         self._failed: OrderedDict[AdapterRef, _Failure] = OrderedDict()
@@ -180,11 +181,11 @@ class AdapterCache:
             if ref in needed or ref in self._device:
                 continue
             packed = self._host.get(ref)
-            if packed is not None:
-                room -= packed.image.nbytes
-            if room <= 0 and needed:
+            cost = self._largest_image if packed is None else packed.image.nbytes  # unread: a cautious guess
+            if needed and cost > room:
                 break
             needed[ref] = None
+            room -= cost
         self._needed = frozenset(needed)
         for ref in needed:
             if ref not in self._host:
@@ -335,6 +336,7 @@ class AdapterCache:
     def _keep_on_host(self, ref: AdapterRef, packed: Packed) -> None:
         self._host[ref] = packed
         self.host_bytes += packed.image.nbytes
+        self._largest_image = max(self._largest_image, packed.image.nbytes)
         if ref not in self._needed and self._pool.free_slabs >= packed.layout.slabs_needed:
             with suppress(
                 AdapterUnavailable

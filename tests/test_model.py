@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels
 from engine.model import Decoder
 from engine.weights import load_model
-from tiny_models import FAMILIES, VOCAB, save_random
+from tests.tiny_models import FAMILIES, VOCAB, save_random
 
 
 class Whole:
