@@ -5,8 +5,9 @@ one caller submits, cancels and steps, never two at once (`server` does so for m
 """
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -156,11 +157,15 @@ class Engine:
 
         def load(ref: AdapterRef) -> PackedAdapter:
             weights = read_adapter(version_folder(adapter_root, ref.id, ref.version), model.config)
-            return pack_adapter(weights, model.config, slab_elems)
+            return pack_adapter(weights, model.config, slab_elems, arena.dtype)
 
         def place(ref: AdapterRef, packed: PackedAdapter, slabs: tuple[int, ...]) -> ResidentAdapter:
             self._runner.copy_in(packed.image, slabs)
             return ResidentAdapter(ref=ref, layout=packed.layout, slabs=slabs)
+
+        def loaded() -> None:
+            self._loaded.set()
+            self.on_load()
 
         self._adapters = AdapterCache(
             self._pool,
@@ -171,7 +176,7 @@ class Engine:
             host_bytes=config.host_cache_bytes,
             max_loading=2 * config.load_threads,  # one being read and one in line, so that no reader idles
             retry_s=config.failed_load_retry_s,
-            notify=lambda: self.on_load(),
+            notify=loaded,
         )
         self._scheduler = Scheduler(
             config, self._pool, self._prefix, self._adapters, clock, slab_bytes=slab_bytes
@@ -180,6 +185,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[Event] = []  # of requests that ended between steps
         self._steps = StepStats()
+        self._loaded = threading.Event()  # set by loader threads
 
     @property
     def context_length(self) -> int:
@@ -193,7 +199,11 @@ class Engine:
     @property
     def is_stalled(self) -> bool:
         """Every request waits for a load, so a step does nothing until `on_load` is called."""
-        return not self._pending and not self._adapters.has_landed and not self._scheduler.running
+        if self._pending or self._scheduler.running or self._adapters.has_landed:
+            return False
+        return self._adapters.num_loading > 0 and all(
+            self._adapters.is_loading(sequence.request.adapter) for sequence in self._scheduler.waiting
+        )
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestRefused (or ArenaExceeded) for one that could never be answered."""
@@ -265,6 +275,14 @@ class Engine:
             self._steps.apply_s += self._clock() - started
         return events
 
+    def drain(self) -> Iterator[Event]:
+        """Step until nothing is left to do, sleeping while every request waits for a load."""
+        while self.has_work:
+            self._loaded.clear()
+            if self.is_stalled:
+                self._loaded.wait()
+            yield from self.step()
+
     def stats(self) -> EngineStats:
         pool, loads = self._pool, self._adapters.stats
         return EngineStats(
@@ -330,13 +348,13 @@ class Engine:
             tokens = iter(self._runner.run(batch))
             self._steps.build_s += built - started
             self._steps.run_s += self._clock() - built
+            return [Ran(chunk, next(tokens) if chunk.wants_token else None) for chunk in chunks]
         except Exception as error:
             self._steps.failed_batches += 1
             log.exception("a batch of %d rows failed", len(chunks))
             if len(chunks) == 1:
                 return [Ran(chunks[0], error=error)]
-            return [ran for chunk in chunks for ran in self._run((chunk,))]
-        return [Ran(chunk, next(tokens) if chunk.wants_token else None) for chunk in chunks]
+        return [ran for chunk in chunks for ran in self._run((chunk,))]
 
     def _apply(self, ran: Ran) -> list[Event]:
         sequence, sampling = ran.chunk.sequence, ran.chunk.sequence.request.sampling

@@ -316,10 +316,9 @@ def test_any_history_leaves_clean_books(data: st.DataObject) -> None:
     world.disk[C1] = Packed(Shape(3), Bytes(150))
     pinned: list[AdapterRef] = []
     refs = st.sampled_from([A1, A2, B1, C1])
+    actions = ["require", "prefetch", "run", "poll", "pin", "unpin", "forget", "kv", "wait"]
     for _ in range(40):
-        action = data.draw(
-            st.sampled_from(["require", "prefetch", "run", "poll", "pin", "unpin", "forget", "kv", "wait"])
-        )
+        action = data.draw(st.sampled_from(actions))
         if action == "require":
             world.cache.require(data.draw(st.lists(refs, max_size=4)))
         elif action == "prefetch":
