@@ -66,7 +66,7 @@ class Batch:
 
 
 def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
-    """Lay out the chunks of one step. Each must have blocks for all its positions (the scheduler saw to that)."""
+    """Lay out the chunks of one step; every sequence has blocks for all the positions of its chunk."""
     order = sorted(range(len(chunks)), key=lambda index: chunks[index].length > 1)
     token_ids: list[int] = []
     positions: list[int] = []

@@ -1,0 +1,216 @@
+"""The runner against transformers and PEFT: pages, chunks, decoding, mixed adapters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from engine.packing import ResidentAdapter
+from engine.weights import LoadedModel, load_model
+from tests.engine_driver import Driver
+from tests.tiny_models import FAMILIES, VOCAB, save_random
+
+# PEFT asks transformers for a property that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, object]] = {
+    "r4": {"r": 4, "lora_alpha": 4, "target_modules": ALL},
+    "r8-alpha-32": {"r": 8, "lora_alpha": 32, "target_modules": ALL},
+    "r8-again": {"r": 8, "lora_alpha": 32, "target_modules": ALL},
+    "r16-q-v": {"r": 16, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "r16-rslora": {"r": 16, "lora_alpha": 16, "use_rslora": True, "target_modules": ALL},
+    "r64-mlp": {"r": 64, "lora_alpha": 16, "target_modules": ["gate_proj", "down_proj"]},
+    "r5-one-layer": {
+        "r": 5,
+        "lora_alpha": 10,
+        "target_modules": ["up_proj", "o_proj"],
+        "layers_to_transform": [1],
+    },
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL,
+        "rank_pattern": {"q_proj": 16, r"layers\.2\.mlp\.up_proj": 3},
+        "alpha_pattern": {"k_proj": 1, "model.layers.0.mlp.down_proj": 64},
+    },
+}
+
+
+@dataclass
+class World:
+    """One tiny model, its adapters as PEFT wrote them, and PEFT's own answer for each."""
+
+    loaded: LoadedModel
+    peft: PeftModel
+    folders: dict[str, Path]
+
+    def reference(self, adapter: str | None, tokens: list[int]) -> Tensor:
+        """[len, vocab]: all logits of one sequence, from PEFT or, without an adapter, from transformers."""
+        ids = torch.tensor([tokens])
+        with torch.inference_mode():
+            if adapter is None:
+                with self.peft.disable_adapter():
+                    return self.peft(ids).logits[0]
+            self.peft.set_adapter(adapter)
+            return self.peft(ids).logits[0]
+
+    def place(self, driver: Driver) -> dict[str | None, ResidentAdapter | None]:
+        residents = {name: driver.adapter(folder, name=name) for name, folder in self.folders.items()}
+        return {None: None, **residents}
+
+
+def make_world(folder: Path, config: transformers.PreTrainedConfig) -> World:
+    base = save_random(folder / "base", config)
+    peft: PeftModel | None = None
+    for number, (name, settings) in enumerate(ADAPTERS.items()):
+        torch.manual_seed(100 + number)
+        lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+        if peft is None:
+            peft = get_peft_model(base, lora, adapter_name=name)
+        else:
+            peft.add_adapter(name, lora)
+    assert peft is not None
+    for parameter_name, parameter in peft.named_parameters():
+        if "lora_" in parameter_name:
+            torch.nn.init.normal_(parameter, 0, 0.15)
+    peft.save_pretrained(folder / "adapters", selected_adapters=list(ADAPTERS))
+    folders = {name: folder / "adapters" / name for name in ADAPTERS}
+    return World(load_model(folder / "base"), peft.eval(), folders)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), FAMILIES["llama3"]())
+
+
+def tokens_of(seed: int, count: int) -> list[int]:
+    return torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def worst(got: Tensor, expected: Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return (got - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_prefill_and_decode_through_shuffled_pages_equal_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    theirs = save_random(tmp_path, FAMILIES[family]())
+    driver = Driver(load_model(tmp_path))
+    long, short = tokens_of(1, 40), tokens_of(2, 23)
+    with torch.inference_mode():
+        expected = [theirs(torch.tensor([tokens])).logits[0] for tokens in (long, short)]
+    a, b = driver.sequence(long), driver.sequence(short)
+    for size in (9, 1, 14, 6):  # chunks that begin and end inside blocks, one of a single token
+        assert worst(driver.logits((a, size))[0], expected[0][a.num_computed - 1]) < 1e-4
+    for size in (5, 8):  # the second prompt while the first decodes
+        got = driver.logits((b, size), (a, 1))
+        assert worst(got[0], expected[1][b.num_computed - 1]) < 1e-4
+        assert worst(got[1], expected[0][a.num_computed - 1]) < 1e-4
+    for _ in range(8):
+        got = driver.logits((a, 1), (b, 1))
+        assert worst(got[0], expected[0][a.num_computed - 1]) < 1e-4
+        assert worst(got[1], expected[1][b.num_computed - 1]) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS])
+def test_each_adapter_alone_equals_peft(world: World, adapter: str | None) -> None:
+    driver = Driver(world.loaded)
+    tokens = tokens_of(3, 20)
+    expected = world.reference(adapter, tokens)
+    sequence = driver.sequence(tokens, world.place(driver)[adapter])
+    for size in (7, 9, 1, 1, 1, 1):
+        assert worst(driver.logits((sequence, size))[0], expected[sequence.num_computed - 1]) < 1e-4
+
+
+def test_a_mixed_batch_of_all_adapters_and_base_rows_equals_peft(world: World) -> None:
+    driver = Driver(world.loaded)
+    residents = world.place(driver)
+    names: list[str | None] = [None, *ADAPTERS, None, "r8-alpha-32"]  # one adapter twice, base first and last
+    sequences, expected = [], []
+    for number, name in enumerate(names):
+        tokens = tokens_of(10 + number, 26 + number % 5)
+        sequences.append(driver.sequence(tokens, residents[name]))
+        expected.append(world.reference(name, tokens))
+
+    def step(sizes: Callable[[int], int]) -> None:
+        got = driver.logits(*((s, sizes(i)) for i, s in enumerate(sequences)))
+        for i, sequence in enumerate(sequences):
+            assert worst(got[i], expected[i][sequence.num_computed - 1]) < 1e-4, names[i]
+
+    step(lambda i: 8 + i)  # all prefill, of different lengths
+    step(lambda i: 1 if i % 2 else 3)  # half decodes, half is still prefilling
+    for _ in range(4):
+        step(lambda i: 1)
+
+
+def test_the_decode_batch_may_change_between_steps(world: World) -> None:
+    driver = Driver(world.loaded)
+    residents = world.place(driver)
+    names: list[str | None] = ["r4", "r8-alpha-32", None, "r8-again", "r16-q-v", "patterns"]
+    tokens = {i: tokens_of(30 + i, 40) for i in range(len(names))}
+    expected = {i: world.reference(name, tokens[i]) for i, name in enumerate(names)}
+    sequences = {i: driver.sequence(tokens[i], residents[name]) for i, name in enumerate(names)}
+    for i, sequence in sequences.items():
+        driver.logits((sequence, 5 + i))
+    orders = [
+        (0, 1, 2), (0, 1, 2), (2, 0, 1), (3, 1, 2, 0), (1, 3), (1, 3), (5, 4, 3, 2, 1, 0), (5, 4, 3, 2, 1, 0),
+        (4,), (1, 5), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5),
+    ]  # fmt: skip
+    for order in orders:
+        got = driver.logits(*((sequences[i], 1) for i in order))
+        for row, i in enumerate(order):
+            assert worst(got[row], expected[i][sequences[i].num_computed - 1]) < 1e-4, (order, names[i])
+
+
+def test_a_preempted_sequence_that_comes_back_on_other_pages_reads_nothing_stale(world: World) -> None:
+    driver = Driver(world.loaded)
+    residents = world.place(driver)
+    a, b = (
+        driver.sequence(tokens_of(50, 30), residents["r4"]),
+        driver.sequence(tokens_of(51, 30), residents["r8-again"]),
+    )
+    expected = (
+        world.reference("r4", list(a.request.prompt)),
+        world.reference("r8-again", list(b.request.prompt)),
+    )
+    driver.logits((a, 10), (b, 12))
+    for _ in range(3):
+        driver.logits((a, 1), (b, 1))
+    blocks = list(a.blocks)
+    driver.release(a)
+    driver.free += blocks  # the very same slabs, in another order, and with other contents
+    c = driver.sequence(tokens_of(52, 30), residents["patterns"])
+    driver.logits((c, 13), (b, 1))
+    driver.logits((a, 13), (b, 1))
+    for _ in range(3):
+        got = driver.logits((a, 1), (b, 1), (c, 1))
+        assert worst(got[0], expected[0][a.num_computed - 1]) < 1e-4
+        assert worst(got[1], expected[1][b.num_computed - 1]) < 1e-4
+        assert worst(got[2], world.reference("patterns", list(c.request.prompt))[c.num_computed - 1]) < 1e-4
+
+
+def test_another_adapter_in_the_same_slabs_is_the_one_that_counts(world: World) -> None:
+    driver = Driver(world.loaded)
+    tokens = tokens_of(60, 20)
+    first = driver.adapter(world.folders["r8-alpha-32"])
+    a = driver.sequence(tokens, first)
+    driver.logits((a, 10))
+    driver.logits((a, 1))
+    driver.free += first.slabs[::-1]
+    second = driver.adapter(
+        world.folders["r8-again"]
+    )  # same name, version and slabs: forgotten, then learned anew
+    assert second.slabs == first.slabs
+    b = driver.sequence(tokens, second)
+    driver.logits((b, 10))
+    expected = world.reference("r8-again", tokens)
+    for _ in range(3):
+        assert worst(driver.logits((b, 1))[0], expected[b.num_computed - 1]) < 1e-4
