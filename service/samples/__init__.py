@@ -68,8 +68,8 @@ def load(name: str) -> list[bytes]:
 async def ensure_samples(store: Store, enqueue: Callable[[str, str], Awaitable[object]]) -> list[str]:
     """Bring in every sample person and ask for the first refresh of those who never had one.
 
-    `enqueue` takes a user and a reason. Can be called at every start: known turns are not added again, and who
-    has a version already, whatever became of it, is left alone. Returns the names a refresh was asked for.
+    `enqueue` takes a user and a reason. Can be called at every start: known turns are not added again, and
+    who has a version already, whatever became of it, is left alone. Returns whom a refresh was asked for.
     """
     asked = []
     for sample in SAMPLES:

@@ -22,6 +22,8 @@ export interface Me {
   learned_since_refresh?: number;
   limits?: Record<string, unknown>;
   samples?: Sample[];
+  /** The newest word on this person's refresh, as the events tell it. */
+  refresh?: { state?: string; progress?: number } | null;
 }
 
 export interface ConversationSummary {
