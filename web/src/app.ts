@@ -6,7 +6,7 @@
 import { Api, ApiError, demoToken, type ImportResult } from "./api";
 import { hueOf, versionName } from "./format";
 import { newId, remember, remembered } from "./dom";
-import type { CreateEvent, Me, Rating, Sample, ServerEvent, Which } from "./protocol";
+import type { CreateEvent, Me, Rating, ServerEvent, Which } from "./protocol";
 import { Reply } from "./reply";
 import { Signals } from "./signals";
 import {
@@ -137,6 +137,7 @@ export class App {
       if (api !== this.api) return;
       this.state.me = me;
       if (me.samples) this.state.samples = me.samples;
+      this.joinRefresh(me.refresh ?? null);
       this.signals.raise("me", "user");
     } catch (error) {
       if (api === this.api && !(error instanceof ApiError && error.status === 0)) this.toast(messageOf(error), "bad");
@@ -367,6 +368,8 @@ export class App {
       item.text = reply.text;
       item.id = reply.itemId;
       item.version = reply.facts.version;
+      const said = running.thread.items[running.thread.items.indexOf(item) - 1];
+      if (said?.kind === "person") said.id ??= reply.facts.metadata["user_turn_id"] ?? null;
     }
     this.touch(item);
     if (reply.running) return;
@@ -589,6 +592,17 @@ export class App {
     this.soon();
   }
 
+  /** A refresh that began before the page was opened, or ended while the connection was away. */
+  private joinRefresh(told: Me["refresh"]): void {
+    const working = this.state.refresh !== null && !ended(this.state.refresh.stage);
+    const stage = told?.state;
+    if (stage === "queued" || stage === "training" || stage === "gating") {
+      this.stage(stage, told?.progress === undefined ? {} : { progress: told.progress });
+    } else if (working && (stage === "completed" || stage === "failed")) {
+      this.adapterEvent({ ...told, type: `adapter.refresh.${stage}` });
+    }
+  }
+
   private stage(stage: RefreshStage, change: Partial<NonNullable<State["refresh"]>>): void {
     const before = this.state.refresh;
     const fresh = !before || ended(before.stage);
@@ -720,12 +734,6 @@ export function ended(stage: RefreshStage): boolean {
 export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
-
-export function sampleOf(samples: Sample[], name: string): Sample | undefined {
-  return samples.find((sample) => sample.name === name);
-}
-
-export type { Me };
 
 /** Seeds that survive JSON and every backend: 31 bits. */
 function newSeed(): number {

@@ -2,7 +2,7 @@
 
 import { ended, type App } from "../app";
 import { button, h, icon, setAttr, setText } from "../dom";
-import { ago, dateTime, day, figure, plural, versionName, words } from "../format";
+import { ago, day, figure, plural, shortTime, versionName, words } from "../format";
 import type { Turn, Version } from "../protocol";
 import type { Refresh } from "../state";
 import { confirmForget } from "./dialogs";
@@ -157,8 +157,8 @@ function gainOf(numbers: Record<string, unknown>): HTMLElement | null {
   return h(
     "p",
     { class: "gain" },
-    h("span", { class: "gain-figure", text: `${percent >= 0 ? "−" : "+"}${Math.abs(percent).toFixed(1)} %` }),
-    h("span", { text: ` loss on held-back turns: ${before.toFixed(3)} → ${after.toFixed(3)}` }),
+    h("span", { class: "gain-figure", attrs: { title: `${before.toFixed(3)} → ${after.toFixed(3)}` }, text: `${percent >= 0 ? "−" : "+"}${Math.abs(percent).toFixed(1)} %` }),
+    h("span", { text: ` loss on unseen turns` }),
   );
 }
 
@@ -207,7 +207,7 @@ function versions(app: App): HTMLElement {
 
 function versionRow(app: App, one: Version, serving: number): HTMLElement {
   const current = one.version === serving;
-  const facts = [one.created_at ? dateTime(one.created_at) : "", one.examples ? plural(one.examples, "example") : ""];
+  const facts = [one.created_at ? shortTime(one.created_at) : "", one.examples ? plural(one.examples, "example") : ""];
   const gain = gainOf(one.numbers ?? {});
   const numbers = Object.entries(one.numbers ?? {});
   return h(

@@ -20,6 +20,7 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
   const scroller = h("div", { class: "scroller", attrs: { tabindex: -1 }, on: { scroll: () => showJump() } }, list, notice);
   const jump = button({ class: "jump", icon: "arrow", label: "To the newest", press: () => toEnd("smooth") });
   let shownThread = "";
+  let lastKey = "";
   let frame = 0;
 
   app.signals.on("thread", rebuild);
@@ -32,7 +33,10 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
 
   function rebuild(): void {
     const { thread: current } = app.state;
-    const follow = nearEnd() || current.id !== shownThread;
+    // What the person just asked for is shown, wherever they had scrolled to.
+    const asked = (current.items.at(-1)?.key ?? "") !== lastKey;
+    lastKey = current.items.at(-1)?.key ?? "";
+    const follow = asked || nearEnd() || current.id !== shownThread;
     if (current.id !== shownThread) {
       views.clear();
       list.replaceChildren();
@@ -51,7 +55,7 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
       if (list.children[at] !== view.element) list.insertBefore(view.element, list.children[at] ?? null);
     });
     showNotice();
-    if (follow) toEnd("instant");
+    if (follow) requestAnimationFrame(() => toEnd("instant"));
     showJump();
   }
 
