@@ -556,7 +556,8 @@ export class App {
     if (state.refresh && !ended(state.refresh.stage)) return;
     this.stage("queued", {});
     try {
-      await this.api.refresh();
+      const { job_id: job } = await this.api.refresh();
+      if (job && this.state.refresh) this.state.refresh.job = job;
     } catch (error) {
       this.stage("failed", { reason: messageOf(error) });
     }
@@ -565,7 +566,7 @@ export class App {
   private adapterEvent(event: ServerEvent): void {
     switch (event.type) {
       case "adapter.refresh.queued":
-        return this.stage("queued", {});
+        return this.stage("queued", { job: event.job_id ?? null });
       case "adapter.refresh.progress":
         return this.stage(event.state === "gating" ? "gating" : "training", { progress: event.progress ?? 0 });
       case "adapter.refresh.completed": {
@@ -594,11 +595,12 @@ export class App {
 
   /** A refresh that began before the page was opened, or ended while the connection was away. */
   private joinRefresh(told: Me["refresh"]): void {
-    const working = this.state.refresh !== null && !ended(this.state.refresh.stage);
+    const { refresh } = this.state;
     const stage = told?.state;
+    const job = told?.job_id ?? null;
     if (stage === "queued" || stage === "training" || stage === "gating") {
-      this.stage(stage, told?.progress === undefined ? {} : { progress: told.progress });
-    } else if (working && (stage === "completed" || stage === "failed")) {
+      this.stage(stage, { job, ...(told?.progress === undefined ? {} : { progress: told.progress }) });
+    } else if ((stage === "completed" || stage === "failed") && refresh && !ended(refresh.stage) && refresh.job === job) {
       this.adapterEvent({ ...told, type: `adapter.refresh.${stage}` });
     }
   }
@@ -607,6 +609,7 @@ export class App {
     const before = this.state.refresh;
     const fresh = !before || ended(before.stage);
     this.state.refresh = {
+      job: fresh ? null : before.job,
       progress: fresh ? 0 : before.progress,
       startedAt: fresh ? Date.now() : before.startedAt,
       from: this.state.me?.adapter.version ?? null,

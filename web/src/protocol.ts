@@ -23,7 +23,7 @@ export interface Me {
   limits?: Record<string, unknown>;
   samples?: Sample[];
   /** The newest word on this person's refresh, as the events tell it. */
-  refresh?: { state?: string; progress?: number } | null;
+  refresh?: { job_id?: string; state?: string; progress?: number } | null;
 }
 
 export interface ConversationSummary {

@@ -58,6 +58,7 @@ export type RefreshStage = "queued" | "training" | "gating" | "completed" | "fai
 
 export interface Refresh {
   stage: RefreshStage;
+  job: string | null;
   /** 0 to 1 within the training stage. */
   progress: number;
   startedAt: number;

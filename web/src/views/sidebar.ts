@@ -103,7 +103,7 @@ function person(app: App): HTMLElement {
     const sample = samplePerson(app.state);
     setText(avatar, initials(app.state.user));
     setText(name, sample?.name ?? app.state.user);
-    setText(note, sample ? `Sample: ${sample.title ?? "a person"}` : app.state.user === GUEST ? "Pick a person, or give a name" : "You");
+    setText(note, sample ? `Sample: ${sample.title ?? "a person"}` : app.state.user === GUEST ? "Choose who you are" : "You");
   }
   document.addEventListener("pointerdown", (event) => {
     if (event.target instanceof Node && !element.contains(event.target)) open(false);
