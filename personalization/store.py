@@ -8,14 +8,7 @@ calls however long the history is. Ratings and removals lie beside the turns and
 `pointer` also gives the person's epoch. Whoever reads it at the start of a piece of work and hands it back
 with each write can never write for a person who was forgotten in between (HistoryForgotten).
 
-Errors: StoreError
-          StoreUnavailable    Redis is down, too slow, or refuses writes; nothing is known of the write's
-                              fate, and every write here may simply be sent again
-          HistoryForgotten    the person was forgotten since the epoch that was passed
-          UnknownTurn         no such turn of this person
-          UnknownResponse     no such response of this person, or no longer
-          LeaseLost           another gateway has taken this response over
-          EventsExpired       the events asked for are no longer kept
+The errors are StoreUnavailable and its siblings in `store_records.py`.
 """
 
 import asyncio
@@ -25,7 +18,6 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -33,21 +25,27 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-)
-from redis.exceptions import (
-    TimeoutError as RedisTimeoutError,
-)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from personalization import store_lua as lua
 from personalization.history import Author, InvalidTurn, Rating, Role, Turn, check_user
 from personalization.store_lua import UPDATES
+from personalization.store_records import (
+    ConversationSummary,
+    EventsExpired,
+    Forgotten,
+    HistoryForgotten,
+    LeaseLost,
+    Pointer,
+    ResponseRecord,
+    StoreError,
+    StoreUnavailable,
+    UnknownResponse,
+    UnknownTurn,
+    VersionRecord,
+)
 
 __all__ = [
     "UPDATES",
@@ -77,111 +75,7 @@ RECONNECTED = "store.reconnected"
 _EPOCH_START = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class StoreError(Exception):
-    """Base of everything the store raises by name."""
-
-
-class StoreUnavailable(StoreError):
-    """Redis did not answer, or refused to write. `reason` is Redis' own word."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(f"the store is unavailable: {reason}")
-
-
-class HistoryForgotten(StoreError):
-    """The work began before the person was forgotten; nothing was written."""
-
-    def __init__(self, user: str) -> None:
-        self.user = user
-        super().__init__("the person's data was forgotten while this was under way")
-
-
-class UnknownTurn(StoreError, LookupError):
-    def __init__(self, turn_id: str) -> None:
-        self.turn_id = turn_id
-        super().__init__(f"expected a turn of this person, got {turn_id!r}")
-
-
-class UnknownResponse(StoreError, LookupError):
-    """Also the answer for somebody else's response: who asks cannot tell the two apart."""
-
-    def __init__(self, response_id: str) -> None:
-        self.response_id = response_id
-        super().__init__(f"expected a response of this person, got {response_id!r}")
-
-
-class LeaseLost(StoreError):
-    def __init__(self, response_id: str) -> None:
-        self.response_id = response_id
-        super().__init__(f"response {response_id!r} is now written by another gateway")
-
-
-class EventsExpired(StoreError, LookupError):
-    """`oldest` is the first event number still kept, None when there are none."""
-
-    def __init__(self, response_id: str, after: int, oldest: int | None) -> None:
-        self.response_id, self.after, self.oldest = response_id, after, oldest
-        super().__init__(
-            f"expected event {after + 1} of response {response_id!r}, got {oldest} as the oldest"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Pointer:
-    """The version that answers (0 is the bare base), since when, and the person's epoch for fencing."""
-
-    version: int
-    updated_at: datetime | None
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class ConversationSummary:
-    id: str
-    title: str
-    last_at: datetime
-    turns: int
-
-
-@dataclass(frozen=True, slots=True)
-class VersionRecord:
-    """One trained or imported version, accepted by the gate or not. `numbers` are the gate's; `turn_ids` what
-    it was trained on."""
-
-    version: int
-    parent: int
-    created_at: datetime
-    accepted: bool
-    reason: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    examples: int = 0
-    turn_ids: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What `forget` took out of Redis; `epoch` is the person's new one."""
-
-    turns: int
-    conversations: int
-    versions: int
-    responses: int
-    keys: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class ResponseRecord:
-    """A reply that can be resumed. `body` is the gateway's own; `state` is "running" until it is finished."""
-
-    id: str
-    user: str
-    state: str
-    body: bytes
-
-
-def connect(url: str, *, max_connections: int = 64) -> "Redis":
+def connect(url: str, *, max_connections: int = 64) -> Redis:
     """A client as the store wants it: bytes, a pool that waits, one-second calls, retries with jitter."""
     pool = BlockingConnectionPool.from_url(
         url,
@@ -200,7 +94,7 @@ class Store:
 
     def __init__(
         self,
-        redis: "Redis",
+        redis: Redis,
         secret: bytes,
         *,
         deadline_s: float = 4.0,
@@ -455,7 +349,17 @@ class Store:
         made = await self._run(
             lua.CREATE_RESPONSE,
             [_response_key(response_id), self._key(user, "responses"), self._life(user)],
-            [_or_empty(epoch), response_id, user, "running", body, holder, _ms(lease_s), _ms(ttl_s)],
+            [
+                _or_empty(epoch),
+                response_id,
+                user,
+                "running",
+                body,
+                holder,
+                _ms(lease_s),
+                _ms(ttl_s),
+                uuid.uuid4().hex,
+            ],
         )
         return bool(self._live(user, made))
 
@@ -521,10 +425,8 @@ class Store:
 
     # Tickets
 
-    async def put_ticket(self, ticket_hash: str, payload: bytes, *, ttl_s: float) -> bool:
-        """False if there is one of that hash already."""
-        key = lua.TICKET_PREFIX + ticket_hash
-        return bool(await self._ask(self._redis.set(key, payload, px=_ms(ttl_s), nx=True)))
+    async def put_ticket(self, ticket_hash: str, payload: bytes, *, ttl_s: float) -> None:
+        await self._ask(self._redis.set(lua.TICKET_PREFIX + ticket_hash, payload, px=_ms(ttl_s)))
 
     async def take_ticket(self, ticket_hash: str) -> bytes | None:
         """The payload, to one caller only; None if it was never there, is used, or has run out."""

@@ -234,14 +234,17 @@ end
 )
 
 # KEYS[2]: the person's `responses`, KEYS[3]: the person's life. ARGV: epoch, id, user, state, body, holder,
-# lease in ms, time to live in ms. → 1 made, 0 there already, -1 after a forget.
+# lease in ms, time to live in ms, writer (one per call). → 1 made, 0 there already, -1 after a forget.
 CREATE_RESPONSE = (
     _RESPONSE
     + """
 local epoch, id = ARGV[1], ARGV[2]
 if epoch ~= '' and epoch ~= (redis.call('HGET', KEYS[3], 'epoch') or '0') then return -1 end
-if redis.call('EXISTS', record) == 1 then return 0 end
+if redis.call('EXISTS', record) == 1 then
+  return redis.call('HGET', record, 'writer') == ARGV[9] and 1 or 0
+end
 redis.call('HSET', record, 'user', ARGV[3], 'state', ARGV[4], 'body', ARGV[5], 'list', KEYS[2])
+redis.call('HSET', record, 'writer', ARGV[9])
 redis.call('SET', lease, ARGV[6], 'PX', ARGV[7])
 redis.call('SADD', RUNNING, id)
 keep(id, ARGV[8])

@@ -6,7 +6,7 @@
 import { Api, ApiError, demoToken, type ImportResult } from "./api";
 import { hueOf, versionName } from "./format";
 import { newId, remember, remembered } from "./dom";
-import type { CreateEvent, Me, Rating, Sample, ServerEvent, Which } from "./protocol";
+import type { CreateEvent, Me, Rating, ServerEvent, Which } from "./protocol";
 import { Reply } from "./reply";
 import { Signals } from "./signals";
 import {
@@ -137,6 +137,7 @@ export class App {
       if (api !== this.api) return;
       this.state.me = me;
       if (me.samples) this.state.samples = me.samples;
+      this.joinRefresh(me.refresh ?? null);
       this.signals.raise("me", "user");
     } catch (error) {
       if (api === this.api && !(error instanceof ApiError && error.status === 0)) this.toast(messageOf(error), "bad");
@@ -367,6 +368,8 @@ export class App {
       item.text = reply.text;
       item.id = reply.itemId;
       item.version = reply.facts.version;
+      const said = running.thread.items[running.thread.items.indexOf(item) - 1];
+      if (said?.kind === "person") said.id ??= reply.facts.metadata["user_turn_id"] ?? null;
     }
     this.touch(item);
     if (reply.running) return;
@@ -553,7 +556,8 @@ export class App {
     if (state.refresh && !ended(state.refresh.stage)) return;
     this.stage("queued", {});
     try {
-      await this.api.refresh();
+      const { job_id: job } = await this.api.refresh();
+      if (job && this.state.refresh) this.state.refresh.job = job;
     } catch (error) {
       this.stage("failed", { reason: messageOf(error) });
     }
@@ -562,7 +566,7 @@ export class App {
   private adapterEvent(event: ServerEvent): void {
     switch (event.type) {
       case "adapter.refresh.queued":
-        return this.stage("queued", {});
+        return this.stage("queued", { job: event.job_id ?? null });
       case "adapter.refresh.progress":
         return this.stage(event.state === "gating" ? "gating" : "training", { progress: event.progress ?? 0 });
       case "adapter.refresh.completed": {
@@ -589,10 +593,23 @@ export class App {
     this.soon();
   }
 
+  /** A refresh that began before the page was opened, or ended while the connection was away. */
+  private joinRefresh(told: Me["refresh"]): void {
+    const { refresh } = this.state;
+    const stage = told?.state;
+    const job = told?.job_id ?? null;
+    if (stage === "queued" || stage === "training" || stage === "gating") {
+      this.stage(stage, { job, ...(told?.progress === undefined ? {} : { progress: told.progress }) });
+    } else if ((stage === "completed" || stage === "failed") && refresh && !ended(refresh.stage) && refresh.job === job) {
+      this.adapterEvent({ ...told, type: `adapter.refresh.${stage}` });
+    }
+  }
+
   private stage(stage: RefreshStage, change: Partial<NonNullable<State["refresh"]>>): void {
     const before = this.state.refresh;
     const fresh = !before || ended(before.stage);
     this.state.refresh = {
+      job: fresh ? null : before.job,
       progress: fresh ? 0 : before.progress,
       startedAt: fresh ? Date.now() : before.startedAt,
       from: this.state.me?.adapter.version ?? null,
@@ -720,12 +737,6 @@ export function ended(stage: RefreshStage): boolean {
 export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
-
-export function sampleOf(samples: Sample[], name: string): Sample | undefined {
-  return samples.find((sample) => sample.name === name);
-}
-
-export type { Me };
 
 /** Seeds that survive JSON and every backend: 31 bits. */
 function newSeed(): number {

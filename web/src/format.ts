@@ -26,6 +26,12 @@ export function dateTime(iso: string | null | undefined): string {
   return at.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 }
 
+/** "21 Nov, 14:03" */
+export function shortTime(iso: string): string {
+  const at = new Date(iso);
+  return `${day(iso)}, ${at.toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit" })}`;
+}
+
 /** The heading a conversation stands under in the list. */
 export function period(iso: string, now = Date.now()): string {
   const at = Date.parse(iso);
@@ -73,10 +79,13 @@ export function initials(name: string): string {
   return letters.toUpperCase() || "?";
 }
 
-/** A person's own colour: one of a dozen hues that stay legible in light and dark. */
+/** A person's own colour: one of a dozen hues that stay legible in light and dark. The sample people are told apart. */
 const HUES = [172, 148, 262, 28, 232, 340, 205, 58, 300, 120, 12, 190];
+const CHOSEN: Record<string, number> = { guest: 172, Bram: 46, Odile: 145, Wen: 272 };
 
 export function hueOf(name: string): number {
+  const chosen = CHOSEN[name];
+  if (chosen !== undefined) return chosen;
   let hash = 2166136261;
   for (const char of name.toLowerCase()) hash = Math.imul(hash ^ char.charCodeAt(0), 16777619) >>> 0;
   return HUES[hash % HUES.length] ?? 172;

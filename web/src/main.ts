@@ -7,6 +7,7 @@ import "./styles/thread.css";
 import "./styles/panel.css";
 import { App } from "./app";
 import { h, installIcons, remembered, setAttr } from "./dom";
+import { GUEST } from "./state";
 import { composer } from "./views/composer";
 import { signIn } from "./views/dialogs";
 import { panel } from "./views/panel";
@@ -14,8 +15,6 @@ import { sidebar } from "./views/sidebar";
 import { thread } from "./views/thread";
 import { toasts } from "./views/toasts";
 import { topbar } from "./views/topbar";
-
-const FIRST_NAME = "you";
 
 installIcons();
 const app = new App();
@@ -74,7 +73,7 @@ addEventListener("popstate", () => {
   else app.newChat();
 });
 
-void app.enter(remembered("attune.user", FIRST_NAME), asked());
+void app.enter(remembered("attune.user", GUEST), asked());
 if (matchMedia("(hover: hover)").matches) write.focus();
 
 function asked(): string | null {

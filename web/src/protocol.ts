@@ -22,6 +22,8 @@ export interface Me {
   learned_since_refresh?: number;
   limits?: Record<string, unknown>;
   samples?: Sample[];
+  /** The newest word on this person's refresh, as the events tell it. */
+  refresh?: { job_id?: string; state?: string; progress?: number } | null;
 }
 
 export interface ConversationSummary {
@@ -61,7 +63,7 @@ export interface ResponseObject {
   output?: { id?: string; type?: string; content?: { type?: string; text?: string }[] }[];
   usage?: { input_tokens?: number; output_tokens?: number; input_tokens_details?: { cached_tokens?: number } } | null;
   metadata?: Record<string, string> | null;
-  conversation?: { id?: string } | null;
+  store?: boolean;
   error?: { code?: string; message?: string } | null;
   incomplete_details?: { reason?: string } | null;
   [extra: string]: unknown;

@@ -56,7 +56,7 @@ export class Reply {
 
   /** Tokens per second after the first one, from the service's count when it gave one. */
   get speed(): number | null {
-    const told = Number(this.facts.metadata["tokens_per_second"]);
+    const told = Number(this.facts.metadata["tokens_per_s"]);
     if (Number.isFinite(told) && told > 0) return told;
     if (this.firstTokenAt === null || this.lastTokenAt === null) return null;
     const spent = (this.lastTokenAt - this.firstTokenAt) / 1000;
@@ -65,6 +65,8 @@ export class Reply {
   }
 
   get firstTokenSeconds(): number | null {
+    const told = Number(this.facts.metadata["first_token_s"]);
+    if (this.facts.metadata["first_token_s"] !== undefined && Number.isFinite(told)) return told;
     return this.firstTokenAt === null ? null : (this.firstTokenAt - this.startedAt) / 1000;
   }
 
@@ -124,7 +126,8 @@ export class Reply {
     }
     const version = Number(this.facts.metadata["adapter_version"]);
     if (this.facts.metadata["adapter_version"] !== undefined && Number.isInteger(version)) this.facts.version = version;
-    if (this.facts.metadata["history_saved"] === "false") this.historySaved = false;
+    // A comparison is not meant to be saved; only a reply that was is a reason to worry.
+    if (response.store !== false) this.historySaved = this.facts.metadata["history_saved"] !== "false";
     const usage = response.usage;
     if (usage) {
       this.facts.inputTokens = usage.input_tokens ?? null;

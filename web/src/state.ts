@@ -58,6 +58,7 @@ export type RefreshStage = "queued" | "training" | "gating" | "completed" | "fai
 
 export interface Refresh {
   stage: RefreshStage;
+  job: string | null;
   /** 0 to 1 within the training stage. */
   progress: number;
   startedAt: number;
@@ -97,6 +98,9 @@ export interface State {
   toasts: Toast[];
 }
 
+/** Who one is before saying so. */
+export const GUEST = "guest";
+
 export function emptyThread(): Thread {
   return { id: newId("conv_"), items: [], state: "new", problem: "" };
 }
@@ -105,7 +109,8 @@ export function samplePerson(state: State): Sample | undefined {
   return state.samples.find((sample) => sample.name === state.user);
 }
 
-/** Turns of the history as items: a correction takes the place of the reply it corrects. */
+/** Turns of the history as items: a correction takes the place of the reply it corrects, another reply of ours to the
+ * same words takes the place of the one before. */
 export function itemsOf(turns: Turn[]): Item[] {
   const items: Item[] = [];
   const replies = new Map<string, ReplyItem>();
@@ -136,6 +141,8 @@ export function itemsOf(turns: Turn[]): Item[] {
         reply: null,
       };
       replies.set(turn.id, item);
+      const before = items.at(-1);
+      if (turn.version !== null && before?.kind === "reply" && before.version !== null) items.pop();
       items.push(item);
     }
   }

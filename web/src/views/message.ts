@@ -93,7 +93,9 @@ export function replyView(app: App, item: ReplyItem): ItemView {
   function toggleDetails(): void {
     details.hidden = !details.hidden;
     setAttr(badge, "aria-expanded", String(!details.hidden));
-    if (!details.hidden) details.replaceChildren(facts(app, item));
+    if (details.hidden) return;
+    details.replaceChildren(facts(app, item));
+    details.scrollIntoView({ block: "nearest" });
   }
 
   function openEditor(): void {
@@ -154,6 +156,8 @@ function noteOf(app: App, item: ReplyItem): string {
   if (reply?.status === "stopped") return "Stopped.";
   if (reply?.status === "incomplete") return "Cut off at the longest reply allowed.";
   if (item.original !== null) return "Put right by you.";
+  const notice = reply?.facts.metadata["notice"];
+  if (notice) return notice.charAt(0).toUpperCase() + notice.slice(1) + ".";
   return "";
 }
 
@@ -173,7 +177,17 @@ export function badgeOfReply(reply: Reply): string {
   return parts.join(" · ");
 }
 
-const TOLD_ELSEWHERE = new Set(["adapter_version", "history_turns", "tokens_per_second", "history_saved"]);
+/** How the service's facts about a reply are called here; what is not listed is shown under its own name. */
+const NAMES: Record<string, string> = {
+  history_turns: "Read of your history",
+  seed: "Seed",
+  queue_s: "Waited in the queue",
+  adapter_load_s: "Adapter fetched in",
+  adapter_tier: "Adapter came from",
+  first_token_s: "First word after",
+  tokens_per_s: "Tokens a second",
+};
+const TOLD_ELSEWHERE = new Set(["adapter_version", "history_saved", "history_truncated", "user_turn_id", "notice"]);
 
 function facts(app: App, item: ReplyItem): HTMLElement {
   const { reply } = item;
@@ -201,13 +215,15 @@ export function replyFacts(reply: Reply): [string, string][] {
   }
   if (told.outputTokens !== null) rows.push(["Wrote", plural(told.outputTokens, "token")]);
   for (const [key, value] of Object.entries(told.metadata)) {
-    if (TOLD_ELSEWHERE.has(key) || value === "" || key === "base") continue;
-    const spent = /^(.*)_(s|ms)$/.exec(key);
+    if (TOLD_ELSEWHERE.has(key) || value === "" || (key === "adapter_tier" && value === "none")) continue;
+    const name = NAMES[key] ?? words(key);
     const amount = Number(value);
-    if (spent && Number.isFinite(amount)) rows.push([words(spent[1] ?? key), seconds(spent[2] === "ms" ? amount / 1000 : amount)]);
-    else rows.push([words(key), value]);
+    if (key.endsWith("_s") && key !== "tokens_per_s" && Number.isFinite(amount)) rows.push([name, seconds(amount)]);
+    else rows.push([name, key === "history_turns" ? plural(amount, "turn") : value]);
   }
-  if (reply.firstTokenSeconds !== null) rows.push(["First word after", seconds(reply.firstTokenSeconds)]);
+  if (told.metadata["first_token_s"] === undefined && reply.firstTokenSeconds !== null) {
+    rows.push(["First word after", seconds(reply.firstTokenSeconds)]);
+  }
   return rows;
 }
 

@@ -2,7 +2,7 @@
 
 import { ended, type App } from "../app";
 import { button, h, icon, setAttr, setText } from "../dom";
-import { ago, dateTime, day, figure, plural, versionName, words } from "../format";
+import { ago, day, figure, plural, shortTime, versionName, words } from "../format";
 import type { Turn, Version } from "../protocol";
 import type { Refresh } from "../state";
 import { confirmForget } from "./dialogs";
@@ -108,7 +108,9 @@ function learning(app: App): HTMLElement {
         ? `${STAGE_WORDS[refresh.stage]}${refresh.stage === "training" ? ` ${Math.round(refresh.progress * 100)} %` : "…"} · ${elapsed(refresh)}`
         : fresh
           ? `${plural(fresh, "new turn")} since the last refresh.`
-          : "Nothing new since the last refresh.",
+          : me?.learned_turns
+            ? "Nothing new since the last refresh."
+            : "Talk a little first, or bring in a history below.",
     );
     clearTimeout(timer);
     if (working) timer = window.setTimeout(update, 1000);
@@ -139,35 +141,46 @@ function elapsed(refresh: Refresh): string {
 
 function told(refresh: Refresh): HTMLElement[] {
   if (refresh.stage === "failed") return [h("b", { text: "The refresh failed" }), h("p", { text: refresh.reason })];
-  const rows = [
-    h("b", { text: refresh.published ? `${versionName(refresh.to)} answers from now on` : "No measurable change yet" }),
-    h("p", { text: refresh.reason || (refresh.published ? "It does better on turns it had not seen." : "The version before stays.") }),
-  ];
   const gain = gainOf(refresh.numbers);
-  if (gain) rows.push(gain);
-  return rows;
+  const plain = refresh.published ? "It does better on turns it had not seen." : "The version before stays.";
+  return [
+    h("b", { text: refresh.published ? `${versionName(refresh.to)} answers from now on` : "No measurable change yet" }),
+    gain ?? h("p", { text: refresh.reason || plain }),
+  ];
 }
 
-/** Loss before and after on turns that were held back, drawn when the service tells both. */
+/** What the gate measured on turns that were held back: the change in loss, and how sure it is of it. */
 function gainOf(numbers: Record<string, unknown>): HTMLElement | null {
-  const before = numberIn(numbers, ["serving_loss", "before", "loss_before", "serving"]);
-  const after = numberIn(numbers, ["candidate_loss", "after", "loss_after", "candidate"]);
+  const [before, after] = [finite(numbers["loss_before"]), finite(numbers["loss_after"])];
   if (before === null || after === null || before <= 0) return null;
-  const percent = ((before - after) / before) * 100;
+  const percent = ((after - before) / before) * 100;
+  const turns = finite(numbers["turns"]);
+  const on = turns === null ? "unseen turns" : `${turns.toLocaleString()} unseen turns`;
+  const sign = percent <= 0 ? "−" : "+";
   return h(
-    "p",
+    "div",
     { class: "gain" },
-    h("span", { class: "gain-figure", text: `${percent >= 0 ? "−" : "+"}${Math.abs(percent).toFixed(1)} %` }),
-    h("span", { text: ` loss on held-back turns: ${before.toFixed(3)} → ${after.toFixed(3)}` }),
+    h("p", {}, h("b", { text: `${sign}${Math.abs(percent).toFixed(1)} %` }), h("span", { text: ` loss on ${on}` })),
+    interval(finite(numbers["gain"]), finite(numbers["gain_low"]), finite(numbers["gain_high"])),
   );
 }
 
-function numberIn(numbers: Record<string, unknown>, keys: string[]): number | null {
-  for (const key of keys) {
-    const value = numbers[key];
-    if (typeof value === "number" && Number.isFinite(value)) return value;
-  }
-  return null;
+/** A dot for the gain and a line for its interval, against zero: right of it is better. */
+function interval(gain: number | null, low: number | null, high: number | null): HTMLElement | null {
+  if (gain === null || low === null || high === null) return null;
+  const reach = Math.max(Math.abs(low), Math.abs(high), 1e-6) * 1.12;
+  const at = (value: number): string => `${(50 + (50 * value) / reach).toFixed(2)}%`;
+  const dot = h("i", { class: "interval-dot" });
+  const line = h("i", { class: "interval-line" });
+  dot.style.left = at(gain);
+  line.style.left = at(low);
+  line.style.right = `${(50 - (50 * high) / reach).toFixed(2)}%`;
+  const words = `gain ${gain.toFixed(3)} nats per token, between ${low.toFixed(3)} and ${high.toFixed(3)}`;
+  return h("div", { class: "interval", attrs: { role: "img", "aria-label": words, title: words } }, h("i", { class: "interval-zero" }), line, dot);
+}
+
+function finite(value: unknown): number | null {
+  return typeof value === "number" && Number.isFinite(value) ? value : null;
 }
 
 function problem(app: App): HTMLElement {
@@ -205,9 +218,14 @@ function versions(app: App): HTMLElement {
   return section;
 }
 
+function sentence(text: string): string {
+  const whole = text.trim();
+  return whole && whole.charAt(0).toUpperCase() + whole.slice(1) + (/[.!?]$/.test(whole) ? "" : ".");
+}
+
 function versionRow(app: App, one: Version, serving: number): HTMLElement {
   const current = one.version === serving;
-  const facts = [one.created_at ? dateTime(one.created_at) : "", one.examples ? plural(one.examples, "example") : ""];
+  const facts = [one.created_at ? shortTime(one.created_at) : "", one.examples ? plural(one.examples, "example") : ""];
   const gain = gainOf(one.numbers ?? {});
   const numbers = Object.entries(one.numbers ?? {});
   return h(
@@ -224,13 +242,15 @@ function versionRow(app: App, one: Version, serving: number): HTMLElement {
           : h("span", { class: "tag still", text: "not published" }),
     ),
     h("p", { text: facts.filter(Boolean).join(" · ") }),
-    one.reason ? h("p", { class: "reason", text: one.reason }) : null,
+    // The sentence repeats the numbers; beside the picture its first words are enough.
+    one.reason ? h("p", { class: "reason", text: gain ? sentence(one.reason.split(":")[0] ?? "") : sentence(one.reason) }) : null,
     gain,
     numbers.length > 0 &&
       h(
         "details",
         { class: "numbers" },
         h("summary", { text: "All numbers" }),
+        h("p", { text: sentence(one.reason ?? "") }),
         h("dl", { class: "facts" }, ...numbers.map(([key, value]) => h("div", {}, h("dt", { text: words(key) }), h("dd", { text: figure(value) })))),
       ),
   );

@@ -3,7 +3,7 @@
 import type { App } from "../app";
 import { button, h, icon, setAttr, setText } from "../dom";
 import { hueOf, initials, period } from "../format";
-import { samplePerson } from "../state";
+import { GUEST, samplePerson } from "../state";
 
 export function sidebar(app: App): HTMLElement {
   const search = h("input", {
@@ -101,9 +101,9 @@ function person(app: App): HTMLElement {
   }
   function update(): void {
     const sample = samplePerson(app.state);
-    setText(avatar, initials(sample?.title ?? app.state.user));
+    setText(avatar, initials(app.state.user));
     setText(name, sample?.name ?? app.state.user);
-    setText(note, sample ? `Sample person · ${sample.title ?? ""}` : "You");
+    setText(note, sample ? `Sample: ${sample.title ?? "a person"}` : app.state.user === GUEST ? "Choose who you are" : "You");
   }
   document.addEventListener("pointerdown", (event) => {
     if (event.target instanceof Node && !element.contains(event.target)) open(false);

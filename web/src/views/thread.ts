@@ -2,7 +2,8 @@
 
 import type { App } from "../app";
 import { button, h } from "../dom";
-import { samplePerson, type Item } from "../state";
+import { hueOf, initials } from "../format";
+import { GUEST, samplePerson, type Item } from "../state";
 import { compareView } from "./compare";
 import { personView, replyView } from "./message";
 
@@ -20,6 +21,7 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
   const scroller = h("div", { class: "scroller", attrs: { tabindex: -1 }, on: { scroll: () => showJump() } }, list, notice);
   const jump = button({ class: "jump", icon: "arrow", label: "To the newest", press: () => toEnd("smooth") });
   let shownThread = "";
+  let lastKey = "";
   let frame = 0;
 
   app.signals.on("thread", rebuild);
@@ -32,7 +34,10 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
 
   function rebuild(): void {
     const { thread: current } = app.state;
-    const follow = nearEnd() || current.id !== shownThread;
+    // What the person just asked for is shown, wherever they had scrolled to.
+    const asked = (current.items.at(-1)?.key ?? "") !== lastKey;
+    lastKey = current.items.at(-1)?.key ?? "";
+    const follow = asked || nearEnd() || current.id !== shownThread;
     if (current.id !== shownThread) {
       views.clear();
       list.replaceChildren();
@@ -51,7 +56,7 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
       if (list.children[at] !== view.element) list.insertBefore(view.element, list.children[at] ?? null);
     });
     showNotice();
-    if (follow) toEnd("instant");
+    if (follow) requestAnimationFrame(() => toEnd("instant"));
     showJump();
   }
 
@@ -100,21 +105,18 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
   }
 }
 
-/** What to say first, in the voice of whoever is here. */
-const OPENERS: Record<string, string[]> = {
-  "": [
-    "What is a good way to spend a rainy Sunday?",
-    "I just finished a book I loved. Ask me about it.",
-    "What music do you put on when you cook?",
-    "Tell me something about dogs.",
-  ],
-};
+/** What to say first: things everyone can talk about, so that a voice shows in how they are answered. */
+const OPENERS = [
+  "What is a good way to spend a rainy Sunday?",
+  "I just finished a book I loved. Ask me about it.",
+  "What music do you put on when you cook?",
+  "Tell me something about dogs.",
+];
 
 function empty(app: App, edit: (text: string) => void): HTMLElement {
   const sample = samplePerson(app.state);
-  const openers = OPENERS[""] ?? [];
   const list = h("div", { class: "openers" });
-  for (const text of openers) {
+  for (const text of OPENERS) {
     list.append(h("button", { class: "opener", text, attrs: { type: "button" }, on: { click: () => edit(text) } }));
   }
   return h(
@@ -128,6 +130,26 @@ function empty(app: App, edit: (text: string) => void): HTMLElement {
         : "Rate a reply, put one right, or just talk. Then refresh your adapter, and the next reply is a little more yours.",
     }),
     list,
+    app.state.user === GUEST && app.state.samples.length > 0 && people(app),
+  );
+}
+
+/** For who comes for the first time: people whose adapters already differ. */
+function people(app: App): HTMLElement {
+  return h(
+    "div",
+    { class: "meet" },
+    h("span", { text: "Or be someone it already knows" }),
+    ...app.state.samples.map((sample) => {
+      const face = h("span", { class: "avatar", text: initials(sample.name), attrs: { "aria-hidden": "true" } });
+      face.style.setProperty("--hue", String(hueOf(sample.name)));
+      return h(
+        "button",
+        { class: "meet-person", attrs: { type: "button", title: sample.blurb }, on: { click: () => void app.enter(sample.name) } },
+        face,
+        h("span", { text: sample.name }),
+      );
+    }),
   );
 }
 
