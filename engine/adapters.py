@@ -146,9 +146,6 @@ class AdapterCache:
     def ready(self, ref: AdapterRef) -> bool:
         return ref in self._device or ref in self._host
 
-    def is_loading(self, ref: AdapterRef | None) -> bool:
-        return ref in self._loading
-
     def slabs_to_place(self, ref: AdapterRef) -> int:
         """Slabs that pinning a ready adapter takes from the pool: 0 if it is on the device."""
         return 0 if ref in self._device else self._host[ref].layout.slabs_needed

@@ -29,7 +29,7 @@ class EngineConfig:
     prefix_cache: bool = True
     # A step
     max_tokens_per_step: int = 512  # prefill chunks and decodes together
-    max_running: int = 256  # replies in one step
+    max_running: int = 256  # replies in one step; never more than max_tokens_per_step
     max_adapter_bytes_per_step: int | None = None  # of distinct adapters in a step; None: no bound
     max_waiting: int = 4096  # requests in the queue, beyond which submit refuses
     # Fairness: the user who has had the fewest tokens goes first; a second of waiting outweighs this many
@@ -66,10 +66,6 @@ class EngineConfig:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                 raise ConfigError(key, "a number, 0 or more", value)
-        if self.max_tokens_per_step < self.max_running:
-            raise ConfigError(
-                "max_tokens_per_step", f"max_running = {self.max_running} or more", self.max_tokens_per_step
-            )
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError("prefix_cache", "true or false", self.prefix_cache)
         if self.dtype not in DTYPES:

@@ -202,7 +202,10 @@ class Engine:
         if self._pending or self._scheduler.running or self._adapters.has_landed:
             return False
         return self._adapters.num_loading > 0 and all(
-            self._adapters.is_loading(sequence.request.adapter) for sequence in self._scheduler.waiting
+            sequence.request.adapter is not None
+            and not self._adapters.ready(sequence.request.adapter)
+            and self._adapters.failure(sequence.request.adapter, sequence.arrived_at) is None
+            for sequence in self._scheduler.waiting
         )
 
     def submit(self, request: Request) -> None:

@@ -24,6 +24,7 @@ from engine.prefix import PrefixCache
 from engine.request import AdapterRef, Chunk, Sequence
 
 OUTPUT_TOKEN_COST = 2  # an input token costs 1; a decode step moves all weights for one token
+MOST_ABSENT = 1024  # counters of absent users kept before those without debt are dropped
 LOOKAHEAD = 256  # waiting adapters considered for loading at a time
 
 
@@ -78,6 +79,7 @@ class Scheduler:
         self._served: dict[str, float] = {}  # by user: tokens, weighted
         self._present: dict[str, int] = {}  # by user: requests waiting or running
         self._next_number = 0
+        self._max_running = min(config.max_running, config.max_tokens_per_step)  # each may decode
         limit = config.max_adapter_bytes_per_step
         self._max_adapter_slabs = None if limit is None else max(1, limit // slab_bytes)
 
@@ -107,14 +109,7 @@ class Scheduler:
         if request.adapter is not None:
             sequence.adapter_tier = self._adapters.tier(request.adapter)
             self._adapters.stats.found[sequence.adapter_tier] += 1
-        user = request.user_key
-        if user not in self._present:
-            floor = min((self._served[other] for other in self._present), default=0.0)
-            if not self._present:
-                self._served.clear()
-            self._served[user] = max(self._served.get(user, 0.0), floor)
-            self._present[user] = 0
-        self._present[user] += 1
+        self._welcome(request.user_key)
         self._enqueue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -127,9 +122,6 @@ class Scheduler:
         self._present[user] -= 1
         if self._present[user] == 0:
             del self._present[user]
-            floor = min((self._served[other] for other in self._present), default=0.0)
-            if self._served[user] <= floor:
-                del self._served[user]  # would be lifted to at least this on return
 
     def advance(self, chunk: Chunk) -> None:
         """The chunk has run: its K/V is there, and whole blocks can be found by others."""
@@ -177,7 +169,7 @@ class Scheduler:
         required: dict[AdapterRef, None] = {}
         is_open = True
         for sequence in self._fair_order():
-            is_open = is_open and budget > 0 and len(self.running) < self._config.max_running
+            is_open = is_open and budget > 0 and len(self.running) < self._max_running
             if not is_open and len(required) >= LOOKAHEAD:
                 break
             adapter = sequence.request.adapter
@@ -325,6 +317,19 @@ class Scheduler:
         if sequence.request.adapter is not None:
             self._adapters.unpin(sequence.request.adapter)
             sequence.resident = None
+
+    def _welcome(self, user: str) -> None:
+        """Count one more request of this user; lift the counter of one who was away to the lowest present."""
+        if user not in self._present:
+            if not self._present:
+                self._served.clear()  # nobody to be fair to: all debts are void
+            floor = min((self._served[other] for other in self._present), default=0.0)
+            if len(self._served) > 2 * len(self._present) + MOST_ABSENT:
+                # Who owes nothing above the floor would be lifted to it anyway.
+                self._served = {u: s for u, s in self._served.items() if s > floor or u in self._present}
+            self._served[user] = max(self._served.get(user, 0.0), floor)
+            self._present[user] = 0
+        self._present[user] += 1
 
     def _enqueue(self, sequence: Sequence) -> None:
         queue = self._waiting.setdefault(sequence.request.user_key, [])

@@ -96,6 +96,16 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     return mixed[0].transpose(0, 1)
 
 
+def lane_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of one new token per sequence, all sequences side by side.
+
+    o[h] = softmax(scale * q[h] K[h] + mask[h]) V[h] for each lane and K/V head h, whose G query heads are the
+    rows of q[h]. q [N, G, D], k [N, D, n], v [N, n, D], mask [N, 1, n] (0 or -inf) -> [N, G, D].
+    """
+    scores = torch.baddbmm(mask, q, k, alpha=scale)
+    return torch.bmm(scores.softmax(-1), v)
+
+
 def lora_pages(
     x: Tensor,
     y: Tensor,

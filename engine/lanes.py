@@ -1,0 +1,388 @@
+"""Copies for the CPU's decode step, in the order in which a step reads them. The pages stay the truth.
+
+On a CPU a step of a few rows is spent on many small products. Reading pages costs one product per sequence
+and per adapter; reading lanes, in which all decoding rows lie side by side, costs one for all. A lane is
+filled from pages when its row joins the decoding batch, follows along as the row grows, and is zeroed when
+the row leaves or when anyone else writes to one of its slabs, so it never outlives what it copies.
+"""
+
+import math
+from collections.abc import Hashable, Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from engine.model import GROUP_MODULES, GROUPS, ModelConfig, module_shape
+from engine.packing import AdapterLayout, ModuleTiles, ResidentAdapter
+from kernels import RANK_TILE
+
+_COLUMN_STEP = 64  # positions a K/V lane grows by, at least
+_PADDING_LIMIT = 4  # columns of all lanes may be this many times the positions they hold …
+_PADDING_FREE = 4096  # … beyond so many
+
+
+def rearrange(lanes: list[Hashable], wanted: Many[Hashable]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Make `lanes` hold just the keys of `wanted`, moving as few as possible. Changes `lanes`.
+
+    Returns (moves, joined): moves (from, to) to be done in order, each from the end into the place of one who
+    left; then the places of those who joined. Both leave no gap, so lanes 0 … len(wanted) - 1 are in use.
+    """
+    staying = set(wanted)
+    moves = []
+    place = 0
+    while place < len(lanes):
+        if lanes[place] in staying:
+            place += 1
+            continue
+        last = lanes.pop()
+        if place < len(lanes):
+            lanes[place] = last
+            moves.append((len(lanes), place))
+    present = set(lanes)
+    joining = [key for key in wanted if key not in present]
+    joined = list(range(len(lanes), len(lanes) + len(joining)))
+    lanes += joining
+    return moves, joined
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a K/V lane copies: positions 0 … length - 1 of a sequence whose slabs are `blocks`."""
+
+    blocks: tuple[int, ...]
+    length: int
+
+
+class KvLanes:
+    """K and V of all decoding sequences, side by side, their newest positions in one common column.
+
+    buffer [L, 2, lanes, Hkv, columns, D]: position p of a lane of length n is column end - n + p, so every
+    lane's next token goes to column `end` and a sliding window is the same columns for all.
+    """
+
+    def __init__(self, config: ModelConfig, slabs: Tensor, budget_bytes: int) -> None:
+        self.end = 0
+        self._config = config
+        self._slabs = slabs  # [num_slabs, L, 2, block_size, Hkv, D]
+        self._budget = budget_bytes
+        self._ids: list[Hashable] = []
+        self._held: dict[Hashable, _Held] = {}
+        self._asked: tuple[str, ...] = ()  # the sequences of the last call, and the rows chosen of them
+        self._rows: tuple[int, ...] = ()
+        self._buffer = self._new_buffer(0, 0)
+        self._mask = slabs.new_zeros(0, config.num_kv_heads, 1, 0)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def hold(
+        self, ids: tuple[str, ...], blocks: Many[tuple[int, ...]], context_lens: Many[int]
+    ) -> tuple[int, ...]:
+        """Make the lanes hold all but the newest position of these sequences; the row of each lane.
+
+        A sequence may be left out: one so long that all others would be padded to its length.
+        """
+        if ids == self._asked and all(
+            self._follows(ids[row], blocks[row], context_lens[row]) for row in self._rows
+        ):
+            if self._ids and self.end == self._buffer.shape[4]:
+                self._resize(max(held.length for held in self._held.values()))
+            return self._rows
+        lengths = [length - 1 for length in context_lens]
+        chosen = self._choose(lengths)
+        row_of: dict[Hashable, int] = {ids[row]: row for row in chosen}
+        for key, row in row_of.items():
+            if not self._follows(key, blocks[row], context_lens[row]):
+                self._held.pop(key, None)
+        self._drop_all_but(set(row_of) & set(self._held), wanted=list(row_of))
+        longest = max((lengths[row] for row in chosen), default=0)
+        if self._ids and (
+            max(longest, self.end) >= self._buffer.shape[4]
+            or longest > self.end
+            or len(self._ids) > self._buffer.shape[2]
+        ):
+            self._resize(longest)
+        for lane, key in enumerate(self._ids):
+            if key not in self._held:
+                self._fill(lane, key, blocks[row_of[key]], lengths[row_of[key]])
+        self._asked, self._rows = ids, tuple(row_of[key] for key in self._ids)
+        return self._rows
+
+    def advance(self, blocks: Many[tuple[int, ...]]) -> None:
+        """The column `end` of every lane has been written: it is part of the lanes now. blocks by lane."""
+        for key, own in zip(self._ids, blocks, strict=True):
+            held = self._held[key]
+            held.blocks = own
+            held.length += 1
+        self.end += 1
+
+    def written(self, slabs: Iterable[int]) -> None:
+        """Someone else has written to these slabs: lanes that copy one of them are stale."""
+        changed = set(slabs)
+        stale = {key for key, held in self._held.items() if not changed.isdisjoint(held.blocks)}
+        if stale:
+            self._asked = ()
+            for key in stale:
+                del self._held[key]
+
+    def clear(self) -> None:
+        self._ids, self._held, self._asked, self._rows, self.end = [], {}, (), (), 0
+        self._buffer = self._new_buffer(0, 0)
+
+    def columns(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Where this step's K and V go: per layer [lanes, Hkv, D]."""
+        at_end = self._buffer[:, :, : len(self), :, self.end]
+        return at_end[:, 0].unbind(0), at_end[:, 1].unbind(0)
+
+    def newest(self) -> Tensor:
+        """Column `end` of all layers: [lanes, L, 2, Hkv, D]."""
+        return self._buffer[:, :, : len(self), :, self.end].permute(2, 0, 1, 3, 4)
+
+    def views(self, window: int | None = None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """(K transposed per layer [lanes * Hkv, D, n], V per layer [lanes * Hkv, n, D], mask [lanes * Hkv, 1, n]).
+
+        The n columns end with `end`; the mask is -inf where a lane holds nothing.
+        """
+        lanes = len(self) * self._config.num_kv_heads
+        first = self.end - max(held.length for held in self._held.values())
+        if window is not None:
+            first = max(first, self.end + 1 - window)
+        flat = self._buffer.flatten(2, 3)[:, :, :lanes, first : self.end + 1]
+        mask = self._mask.flatten(0, 1)[:lanes, :, first : self.end + 1]
+        return flat[:, 0].transpose(-1, -2).unbind(0), flat[:, 1].unbind(0), mask
+
+    def _follows(self, key: Hashable, blocks: tuple[int, ...], context_len: int) -> bool:
+        held = self._held.get(key)
+        return (
+            held is not None
+            and held.length == context_len - 1
+            and (held.blocks == blocks or held.blocks == blocks[: len(held.blocks)])
+        )
+
+    def _choose(self, lengths: list[int]) -> list[int]:
+        """The rows that get a lane: all, or the shorter ones if the longest would waste too much on padding."""
+        rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        total = sum(lengths)
+        while rows:
+            columns = len(rows) * lengths[rows[-1]]
+            spare = columns <= _PADDING_LIMIT * total or columns <= _PADDING_FREE
+            if spare and self._bytes(len(rows), lengths[rows[-1]] + 1) <= self._budget:
+                break
+            total -= lengths[rows.pop()]
+        return sorted(rows)
+
+    def _bytes(self, lanes: int, columns: int) -> int:
+        per_position = self._slabs[0, :, :, 0].numel() * self._slabs.element_size()
+        return lanes * columns * per_position
+
+    def _drop_all_but(self, valid: set[Hashable], wanted: list[Hashable]) -> None:
+        """Keep the valid lanes, in place as far as possible; lanes of all wanted, the others zeroed."""
+        before = len(self._ids)
+        self._ids = [key if key in valid else _Gone() for key in self._ids]
+        moves, _ = rearrange(self._ids, wanted)
+        self._held = {key: held for key, held in self._held.items() if key in valid}
+        for source, target in moves:
+            self._buffer[:, :, target].copy_(self._buffer[:, :, source])
+            self._mask[target].copy_(self._mask[source])
+        kept = len(valid)
+        self._buffer[:, :, kept:before].zero_()
+
+    def _fill(self, lane: int, key: Hashable, blocks: tuple[int, ...], length: int) -> None:
+        block_size = self._slabs.shape[3]
+        used = blocks[: -(-length // block_size)]
+        pages = self._slabs[torch.tensor(used, dtype=torch.int64)]  # [n, L, 2, block_size, Hkv, D]
+        positions = pages.permute(1, 2, 4, 0, 3, 5).flatten(3, 4)[:, :, :, :length]  # [L, 2, Hkv, length, D]
+        start = self.end - length
+        self._buffer[:, :, lane, :, :start].zero_()
+        self._buffer[:, :, lane, :, start : self.end].copy_(positions)
+        self._mask[lane, :, :, :start] = -math.inf
+        self._mask[lane, :, :, start:] = 0
+        self._held[key] = _Held(blocks, length)
+
+    def _resize(self, longest: int) -> None:
+        """Move the lanes to a buffer in which `longest` positions end, with room for more."""
+        held = [self._held.get(key) for key in self._ids]
+        kept = max((item.length for item in held if item is not None), default=0)
+        room = max(_COLUMN_STEP, longest // 4)
+        columns = -(-(longest + room) // _COLUMN_STEP) * _COLUMN_STEP
+        lanes = self._buffer.shape[2]
+        if len(self._ids) > lanes:
+            lanes = max(len(self._ids), lanes * 3 // 2)
+        old, old_mask, old_end = self._buffer, self._mask, self.end
+        self._buffer = self._new_buffer(lanes, columns)
+        self._mask = self._slabs.new_zeros(lanes, self._config.num_kv_heads, 1, columns)
+        self.end = longest
+        count = min(old.shape[2], lanes)
+        if kept:
+            source, target = slice(old_end - kept, old_end), slice(longest - kept, longest)
+            self._buffer[:, :, :count, :, target].copy_(old[:, :, :count, :, source])
+            self._mask[:count, :, :, target].copy_(old_mask[:count, :, :, source])
+            self._mask[:count, :, :, : longest - kept] = -math.inf
+
+    def _new_buffer(self, lanes: int, columns: int) -> Tensor:
+        config = self._config
+        shape = (config.num_layers, 2, lanes, config.num_kv_heads, columns, config.head_dim)
+        return self._slabs.new_zeros(shape)
+
+
+class _Gone:
+    """The key of a lane whose owner is no longer wanted: equal to nothing but itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """One module's second product: y[:, out] += u[:, ranks] @ b."""
+
+    ranks: slice
+    out: slice
+    b: Tensor  # [lanes, rank, out]
+
+
+class LoraLanes:
+    """A and B of the adapters of all decoding rows, side by side, for adapters of one layout.
+
+    A lane is one flat copy of an adapter: for each layer and group A of its modules one below the other,
+    [sum of ranks, in], then B of each, [rank, out], with the scale in it; ranks padded to tiles.
+    """
+
+    def __init__(self, config: ModelConfig, layout: AdapterLayout, arena: Tensor) -> None:
+        self.layout = layout
+        self._config = config
+        self._unit, self._units, self._scales = _units(config, layout)
+        self._arena = arena.view(-1, self._unit)
+        self._adapters: list[Hashable] = []
+        self._asked: list[ResidentAdapter] = []  # rows of the last call, and the answer
+        self._rows: list[int] = []
+        self._buffer = arena.new_zeros(0, self.lane_elems)
+        self._products: dict[tuple[int, str], tuple[Tensor, list[_Product]]] = {}
+
+    @property
+    def lane_elems(self) -> int:
+        return self._units.numel() * self._unit
+
+    def hold(self, residents: Many[ResidentAdapter]) -> list[int]:
+        """Make the lanes hold these adapters, one lane for each row, and return the row of each lane."""
+        if len(residents) == len(self._asked) and all(map(is_, residents, self._asked)):
+            return self._rows
+        counts: dict[Hashable, int] = {}
+        keys: list[Hashable] = []
+        for resident in residents:  # rows that share an adapter each have a lane of it
+            key = (resident.ref, resident.slabs)
+            counts[key] = counts.get(key, 0) + 1
+            keys.append((key, counts[key]))
+        self._rearrange(keys, residents)
+        row_of = {key: row for row, key in enumerate(keys)}
+        self._asked, self._rows = list(residents), [row_of[key] for key in self._adapters]
+        return self._rows
+
+    def written(self, slabs: set[int]) -> None:
+        """Someone has written to these slabs: lanes that copy one of them are stale."""
+        for lane, key in enumerate(self._adapters):
+            if isinstance(key, tuple) and not slabs.isdisjoint(key[0][1]):
+                self._adapters[lane] = _Gone()
+                self._asked = []
+
+    def apply(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        """y[i] += delta of lane i for x[i], in place. x [lanes, in], y [lanes, sum of out]."""
+        found = self._products.get((layer, group))
+        if found is None:
+            return
+        a, products = found
+        u = torch.bmm(x.unsqueeze(1), a)  # [lanes, 1, sum of ranks]
+        y = y.unsqueeze(1)
+        if len(products) == 1 and products[0].b.shape[2] == y.shape[2]:
+            y.baddbmm_(u, products[0].b)
+            return
+        for product in products:
+            y[:, :, product.out].baddbmm_(u[:, :, product.ranks], product.b)
+
+    def _rearrange(self, keys: list[Hashable], residents: Many[ResidentAdapter]) -> None:
+        before = len(self._adapters)
+        moves, joined = rearrange(self._adapters, keys)
+        if len(keys) > self._buffer.shape[0]:
+            grown = self._buffer.new_zeros(max(len(keys), 2 * self._buffer.shape[0]), self.lane_elems)
+            grown[:before] = self._buffer[:before]
+            self._buffer = grown
+        for source, target in moves:
+            self._buffer[target].copy_(self._buffer[source])
+        self._buffer[len(keys) - len(joined) : before].zero_()
+        resident_of = dict(zip(keys, residents, strict=True))
+        for lane in joined:
+            self._fill(lane, resident_of[self._adapters[lane]])
+        self._products = self._views(len(keys))
+
+    def _fill(self, lane: int, resident: ResidentAdapter) -> None:
+        per_slab = self.layout.slab_elems // self._unit
+        slabs = torch.tensor(resident.slabs)[self._units // per_slab]
+        lane_units = self._buffer[lane].view(-1, self._unit)
+        torch.index_select(self._arena, 0, slabs * per_slab + self._units % per_slab, out=lane_units)
+        lane_units.mul_(self._scales)
+
+    def _views(self, lanes: int) -> dict[tuple[int, str], tuple[Tensor, list[_Product]]]:
+        views: dict[tuple[int, str], tuple[Tensor, list[_Product]]] = {}
+        begin = 0
+
+        def take(rows: int, width: int) -> Tensor:
+            nonlocal begin
+            part = self._buffer[:lanes, begin : begin + rows * width].view(lanes, rows, width)
+            begin += rows * width
+            return part
+
+        for layer, group, modules in _by_group(self.layout):
+            a = take(sum(_padded(m) for m in modules), modules[0].in_features).transpose(1, 2)
+            products, first = [], 0
+            for m in modules:
+                ranks = slice(first, first + _padded(m))
+                products.append(
+                    _Product(ranks, _columns(self._config, group, m.module), take(_padded(m), m.out_features))
+                )
+                first = ranks.stop
+            views[layer, group] = (a, products)
+        return views
+
+
+def _by_group(layout: AdapterLayout) -> list[tuple[int, str, list[ModuleTiles]]]:
+    """The modules of a layout by layer and group, in the order in which lanes hold them."""
+    found: dict[tuple[int, str], list[ModuleTiles]] = {}
+    for m in layout.modules:
+        group = next(group for group in GROUPS if m.module in GROUP_MODULES[group])
+        found.setdefault((m.layer, group), []).append(m)
+    return [(layer, group, modules) for (layer, group), modules in found.items()]
+
+
+def _columns(config: ModelConfig, group: str, module: str) -> slice:
+    """Which columns of a group's output a module has."""
+    begin = 0
+    for other in GROUP_MODULES[group]:
+        width = module_shape(config, other)[0]
+        if other == module:
+            return slice(begin, begin + width)
+        begin += width
+    raise AssertionError(f"{module} is not in {group}")
+
+
+def _units(config: ModelConfig, layout: AdapterLayout) -> tuple[int, Tensor, Tensor]:
+    """(unit, the image's unit for each unit of a lane [U], its factor [U, 1]): a lane is a gather of units."""
+    widths = [width for m in layout.modules for width in (m.in_features, m.out_features)]
+    unit = math.gcd(layout.slab_elems, *(RANK_TILE * width for width in widths))
+    units, factors = [], []
+
+    def take(offsets: tuple[int, ...], width: int, factor: float) -> None:
+        for offset in offsets:
+            count = RANK_TILE * width // unit
+            units.append(torch.arange(offset // unit, offset // unit + count))
+            factors.append(torch.full((count, 1), factor))
+
+    for _, _, modules in _by_group(layout):
+        for m in modules:
+            take(m.a_offsets, m.in_features, 1.0)
+        for m in modules:
+            take(m.b_offsets, m.out_features, m.scale)
+    return unit, torch.cat(units), torch.cat(factors)
+
+
+def _padded(tiles: ModuleTiles) -> int:
+    return RANK_TILE * len(tiles.a_offsets)
