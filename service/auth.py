@@ -1,8 +1,8 @@
 """Who is asking. Identity comes only from a credential: a signed bearer token, or a ticket bought with one.
 
 Browsers cannot set headers on a WebSocket, so a page trades its token for a ticket: random, single use, 60
-seconds, bound to the person and the page's origin. It travels as a subprotocol, never in a URL that gets logged.
-"""
+seconds, bound to the person and the page's origin. It travels as a subprotocol, never in a URL that gets
+logged."""
 
 import hashlib
 import secrets
@@ -29,7 +29,7 @@ class Person(msgspec.Struct, frozen=True):
 
 
 class TicketStore(Protocol):
-    async def put_ticket(self, ticket_hash: str, payload: bytes, ttl: int) -> None: ...
+    async def put_ticket(self, ticket_hash: str, payload: bytes, *, ttl_s: float) -> bool: ...
     async def take_ticket(self, ticket_hash: str) -> bytes | None: ...
 
 
@@ -105,11 +105,12 @@ class Authenticator:
         """A ticket for one WebSocket. The store keeps its hash, so reading the store opens no socket."""
         ticket = self._new_ticket()
         payload = msgspec.msgpack.encode(_Ticket(person, origin))
-        await self._store.put_ticket(_hash(ticket), payload, TICKET_SECONDS)
+        await self._store.put_ticket(_hash(ticket), payload, ttl_s=TICKET_SECONDS)
         return ticket
 
     async def redeem_ticket(self, ticket: str, origin: str | None) -> Person:
-        """The person who bought the ticket. It is spent even when the origin is wrong. Raises NotAuthenticated."""
+        """The person who bought the ticket. It is spent even when the origin is wrong. Raises
+        NotAuthenticated."""
         payload = await self._store.take_ticket(_hash(ticket))
         if payload is None:
             raise NotAuthenticated(

@@ -1,8 +1,8 @@
 """The wire, outbound: OpenAI's Responses events and ours, as typed structs. Pure.
 
 Events of a reply carry `response_id` and a `sequence_number` that counts from 0 without gaps; a `TextDelta`
-that stands for several merged ones carries the last one's number, so `starting_after` means the same either way.
-"""
+that stands for several merged ones carries the last one's number, so `starting_after` means the same either
+way."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -202,7 +202,6 @@ class AdapterState(Struct, kw_only=True):
 class SessionCreated(Struct, kw_only=True, tag="session.created"):
     session_id: str
     user: str
-    conversation: str
     adapter: AdapterState
     limits: dict[str, int]
     expires_at: float
@@ -280,10 +279,10 @@ _REFRESH_STATES = {
 def pushed_event(message: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the store announced, as the event the person's sockets get; None for what is not for them.
 
-    {"type": "adapter.updated", "user": …, "from": 1, "to": 2}               the same, less the user
+    {"type": "adapter.updated", "user": …, "from": 1, "to": 2}               the same, less whose it is
     {"job_id": …, "state": "training", "progress": 0.4, "user": …}           adapter.refresh.progress
     """
-    fields = {key: value for key, value in message.items() if key not in ("user", "type")}
+    fields = {key: value for key, value in message.items() if key not in ("user", "type", "adapter")}
     name = message.get("type")
     if name in _PUSHED:
         return {"type": name, **fields}

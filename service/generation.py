@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
+
 from engine.client import EngineClient, EngineLost, Stream
 from engine.request import (
     AdapterRef,
@@ -16,7 +17,6 @@ from engine.request import (
     TokensEvent,
     Usage,
 )
-
 from service.metrics import Metrics
 from service.replies import Plan, Reply
 from service.writing import Writing, timing_numbers

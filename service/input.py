@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from personalization.history import InvalidTurn, Role, Turn
-
 from service.errors import BadRequest, ContextTooLong
 from service.protocol import CreateChatCompletion, CreateResponse, InputItem, text_of
 
@@ -45,6 +45,11 @@ def chat_conversation(user: str, said: Said) -> str:
     first = next((text for role, text in said.before if role == "user"), said.text or "")
     named = f"{user}\0{said.instructions or ''}\0{first}"
     return "chat_" + hashlib.sha256(named.encode()).hexdigest()[:32]
+
+
+def refuse_tools(tools: list[Any] | None) -> None:
+    if tools:
+        raise BadRequest("tools: expected none, this model cannot call any", param="tools")
 
 
 def _said(items: Sequence[InputItem], param: str) -> Said:

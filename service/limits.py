@@ -1,5 +1,7 @@
-"""How much one person and one address may ask. Counted in this process, so a store that is away stops nobody."""
+"""How much one person and one address may ask. Counted in this process, so a store that is away stops
+nobody."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +52,8 @@ class RateLimits:
             raise RateLimited("too many failed credentials from this address", retry_after=60)
 
     async def failure(self, address: str) -> None:
-        """Counts a failed credential; the next `request` of this address is refused when there were too many."""
+        """Counts a failed credential; the next `request` of this address is refused when there were too
+        many."""
         await self._limiter.hit(self._failures, "failures", address)
 
     @contextmanager
@@ -70,4 +73,6 @@ class RateLimits:
     async def _hit(self, limit: RateLimitItem, what: str, whose: str, name: str) -> None:
         if not await self._limiter.hit(limit, what, name):
             window = await self._limiter.get_window_stats(limit, what, name)
-            raise RateLimited(f"more than {limit} {what} from one {whose}", retry_after=window.reset_time_in)
+            raise RateLimited(
+                f"more than {limit} {what} from one {whose}", retry_after=window.reset_time - time.time()
+            )

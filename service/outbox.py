@@ -41,12 +41,13 @@ class Outbox:
 
     def put(self, event: Any) -> None:
         """Raises OutboxFull when the event does not fit; one event always fits an empty outbox."""
+        first = not self._waiting
         self._waiting.append(event)
         self._size += _size(event)
         if len(self._waiting) > self._merge_above:
             self._merge_last(event)
             self._room.clear()
-        if len(self._waiting) > 1 and (len(self._waiting) > self._max_events or self._size > self._max_bytes):
+        if not first and (len(self._waiting) > self._max_events or self._size > self._max_bytes):
             raise OutboxFull(len(self._waiting), self._size)
         self._arrived.set()
 

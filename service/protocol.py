@@ -136,7 +136,8 @@ class ResponseAck(Struct, kw_only=True, tag="response.ack"):
 
 
 class FeedbackCreate(Struct, kw_only=True, tag="feedback.create"):
-    """`item_id` is a turn's id. A null `rating` takes a rating back; `correction` is what it should have said."""
+    """`item_id` is a turn's id. A null `rating` takes a rating back; `correction` is what it should have
+    said."""
 
     item_id: str
     rating: Literal["up", "down"] | UnsetType | None = UNSET

@@ -1,4 +1,5 @@
-"""Replies being written: each a log of numbered events that outlives the socket, and the process, it began on.
+"""Replies being written: each a log of numbered events that outlives the socket, and the process, it began
+on.
 
 An event is stored before anyone sees it, with the token ids it came from. So a client resumes by number, and
 when a gateway dies, another takes the lease of an orphaned reply and goes on from the same tokens: sampling
@@ -14,8 +15,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 import structlog
-from personalization.store import EventsExpired, LeaseLost, Store, StoreUnavailable, UnknownResponse
 
+from personalization.store import EventsExpired, LeaseLost, Store, StoreUnavailable, UnknownResponse
 from service.errors import Conflict, NotFound, RateLimited, Unavailable
 from service.events import (
     TERMINAL,
@@ -148,7 +149,8 @@ class Reply:
         self._news = asyncio.Event()
 
     async def events(self, after: int = -1) -> AsyncGenerator[AnyReplyEvent, None]:
-        """The events numbered above `after`, those there are and those to come, to the last. Raises NotFound."""
+        """The events numbered above `after`, those there are and those to come, to the last. Raises
+        NotFound."""
         at = max(0, after + 1)
         self.listeners += 1
         try:
@@ -183,7 +185,7 @@ class Patience:
     keep: float = 30.0  # a finished reply stays in memory this long
     lease: float = 5.0  # after this a dead gateway's reply may be taken over
     follow: float = 0.1  # between looks at a reply that another gateway writes
-    ttl: float = 3600.0  # how long a reply can be resumed or fetched
+    ttl: float = 6 * 3600.0  # how long a reply can be resumed or fetched
 
 
 Speak = Callable[["Reply", "Replies"], Awaitable[None]]
@@ -242,7 +244,8 @@ class Replies:
         return self._own(Reply(plan))
 
     async def find(self, user: str, reply_id: str, same_as: str | None = None) -> Reply:
-        """A person's reply, wherever it is or was written. Another person's is as unknown as one that never was.
+        """A person's reply, wherever it is or was written. Another person's is as unknown as one that never
+        was.
 
         Raises NotFound, and Conflict when `same_as` is given and the reply answers a different request.
         """
@@ -289,6 +292,8 @@ class Replies:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for reply in self._replies.values():
+            await self._release(reply)
 
     # ------------------------------------------------------------ writing
 
@@ -388,6 +393,13 @@ class Replies:
             self.health.failed()
             return reply.running or not reply.entries
 
+    async def _release(self, reply: Reply) -> None:
+        """Let the lease run out at once, so that whoever is asked next need not wait for it."""
+        if reply.done or reply.stored is None or self.health.away:
+            return
+        with contextlib.suppress(StoreUnavailable):
+            await self.store.claim_response(reply.id, holder=self.holder, lease_s=0.001)
+
     async def _renew(self, reply: Reply) -> None:
         while True:
             await asyncio.sleep(self.patience.lease / 3)
@@ -430,7 +442,8 @@ class Replies:
     # ------------------------------------------------------------ when nobody listens
 
     def _watch(self, reply: Reply) -> None:
-        """(Re)start the clock on a reply nobody listens to: one being written is stopped, others are let go."""
+        """(Re)start the clock on a reply nobody listens to: one being written is stopped, others are let
+        go."""
         timer = self._timers.pop(reply.id, None)
         if timer is not None:
             timer.cancel()

@@ -3,25 +3,24 @@
     answer:  pointer + history → prompt → the person's turn is saved → the reply is promised
     speak:   stream → text → the reply's turn is saved → maybe a refresh
 
-`answer` runs in the request that asked and may refuse; `speak` runs in the reply's own task and outlives it. The
-pointer is read once, in `answer`: the reply keeps that version to its end.
-"""
+`answer` runs in the request that asked and may refuse; `speak` runs in the reply's own task and outlives
+it. The pointer is read once, in `answer`: the reply keeps that version to its end."""
 
 import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import structlog
-from engine.client import EngineClient
+
+from engine.client import EngineClient, EngineLost
 from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingParams
 from personalization.history import Turn
 from personalization.prompt import Prompt, PromptTooLong, Renderer
 from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable
-
 from service.errors import BadRequest, Conflict, ContextTooLong, ModelNotFound, Unavailable
 from service.generation import FellBack, Generation
 from service.input import Said, brought_turns, checked_turn
@@ -83,11 +82,13 @@ class Session:
         conversation: str | None,
         *,
         key: str | None = None,
+        stored_turns: bool = True,
     ) -> Reply:
         """A reply to `said`, running. The person's turn is saved before this returns.
 
-        `conversation` None begins a new one. `key` is the idempotency key: the same one again gives the reply
-        it began. Raises ApiError.
+        `conversation` None begins a new one; `stored_turns` False: the client brings its turns along, those
+        stored are not read. `key` is the idempotency key: the same one again gives the reply it began.
+        Raises ApiError.
         """
         mark = fingerprint(asked)
         name = self._reply_name(user, key)
@@ -103,7 +104,7 @@ class Session:
         version = await self._version(user, model, asked.model, recalled.pointer)
         where = conversation or f"conv_{self.new_id()}"
         now = datetime.fromtimestamp(self.clock(), UTC)
-        current = await self._conversation(user, where, recalled, new=conversation is None)
+        current = await self._conversation(user, where, recalled, new=not (conversation and stored_turns))
         current, turn = _with_message(current, said, where, now, turn_id=f"turn_{name}")
         history = [turn for turn in recalled.turns if turn.conversation != where]
         sampling = self._sampling(asked)
@@ -150,17 +151,21 @@ class Session:
         except HistoryForgotten:
             raise Conflict("your history was forgotten while this was being asked") from None
 
+    async def pointer(self, user: str) -> Pointer:
+        """Where the person's adapter stands, as far as can be told."""
+        if not self.health.away:
+            try:
+                return await self.store.pointer(user)
+            except StoreUnavailable:
+                self.health.failed()
+        return self._remembered[user].pointer if user in self._remembered else Pointer(0, None, 0)
+
     async def prefetch(self, user: str) -> None:
         """Have the engine fetch the person's adapter; a hint, so nothing here may fail what follows."""
-        if self.health.away or not self.engine.connected:
-            return
-        try:
-            pointer = await self.store.pointer(user)
-        except StoreUnavailable:
-            self.health.failed()
-            return
-        if pointer.version:
-            await self.engine.prefetch(AdapterRef(self.store.adapter_id(user), pointer.version))
+        pointer = await self.pointer(user)
+        if pointer.version and self.engine.connected:
+            with suppress(EngineLost):
+                await self.engine.prefetch(AdapterRef(self.store.adapter_id(user), pointer.version))
 
     # ------------------------------------------------------------ speak
 

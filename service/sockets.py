@@ -1,26 +1,26 @@
-"""One WebSocket: a reader, a writer, and a task for each reply it listens to.
+"""One WebSocket: a reader, an actor, a writer, and a task for each reply it listens to.
 
-The reader never waits for the client to read: uvicorn stops reading while a message lies unread, and with it
-pongs and cancels. The writer takes events from a bounded outbox. A closed socket cancels none of its replies.
-"""
+The reader only reads: uvicorn stops reading while a message lies unread, and with it pongs. The actor does
+what the messages ask, in order. The writer takes events from a bounded outbox. A closed socket cancels none
+of its replies."""
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
-from engine.client import EngineLost
 from msgspec import UNSET
 from msgspec.structs import replace
-from personalization.history import InvalidTurn
-from personalization.store import StoreUnavailable, UnknownTurn
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from personalization.history import InvalidTurn
+from personalization.store import UnknownTurn
 from service import protocol
 from service.auth import Person
-from service.errors import ApiError, BadRequest, NotFound, RateLimited, ServerFault, Unavailable
+from service.errors import ApiError, BadRequest, NotFound, RateLimited
 from service.events import (
     AdapterState,
     FeedbackCreated,
@@ -29,7 +29,8 @@ from service.events import (
     SessionExpiring,
     error_event,
 )
-from service.input import said_in_response
+from service.http import as_api_error
+from service.input import refuse_tools, said_in_response
 from service.limits import RateLimits
 from service.metrics import Metrics
 from service.outbox import Outbox, OutboxFull
@@ -41,6 +42,7 @@ from service.uvicorn_protocol import ABORT
 log = structlog.get_logger(__name__)
 
 CLOSE_PATIENCE_S = 1.0
+MAX_UNHANDLED = 64  # messages of one socket
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class SocketOptions:
     max_age: float = 3600.0
     warn_before: float = 60.0
     prefetch_every: float = 5.0
-    base_model: str = "base"
 
 
 class Sockets:
@@ -68,12 +69,15 @@ class Sockets:
         if not peers:
             del self._open[socket.person.user]
 
+    def users(self) -> list[str]:
+        return list(self._open)
+
     def tell(self, user: str, event: Any) -> None:
         for socket in list(self._open.get(user, ())):
             socket.push(event)
 
     def tell_all(self, event: Any) -> None:
-        for user in list(self._open):
+        for user in self.users():
             self.tell(user, event)
 
 
@@ -87,6 +91,7 @@ class SocketServices:
     metrics: Metrics
     sockets: Sockets
     options: SocketOptions
+    base_model: str
     clock: Callable[[], float]
     new_id: Callable[[], str]
     refresh: Callable[[str, str], Awaitable[dict[str, Any]]]
@@ -110,6 +115,8 @@ class Socket:
     conversation: str | None = None  # of the newest message; the next one goes on with it
     _outbox: Outbox = field(default_factory=Outbox)
     _listening: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _inbox: deque[dict[str, Any]] = field(default_factory=deque)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _overflow: asyncio.Event = field(default_factory=asyncio.Event)
     _prefetched_at: float = float("-inf")
 
@@ -120,10 +127,9 @@ class Socket:
         services.sockets.add(self)
         tasks = [
             asyncio.create_task(work(), name=f"socket {work.__name__}")
-            for work in (self._read, self._write, self._grow_old, self._watch_outbox)
+            for work in (self._read, self._act, self._write, self._grow_old, self._watch_outbox)
         ]
         try:
-            await self._greet()
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             await self._end(done)
         finally:
@@ -150,7 +156,7 @@ class Socket:
                 user=self.person.user,
                 adapter=AdapterState(
                     version=pointer.version,
-                    base=self.services.options.base_model,
+                    base=self.services.base_model,
                     updated_at=None if pointer.updated_at is None else pointer.updated_at.isoformat(),
                 ),
                 limits={
@@ -221,27 +227,35 @@ class Socket:
                 fields = self.codec.decode(message["bytes"] if frame is None else frame)
             except MalformedFrame as error:
                 raise _Close(error.close_code, str(error)[:120]) from None
-            await self._handle(fields)
+            if len(self._inbox) >= MAX_UNHANDLED:
+                raise _Close(protocol.TOO_MANY, "messages come faster than they can be acted on")
+            self._inbox.append(fields)
+            self._arrived.set()
+
+    async def _act(self) -> None:
+        """Messages one after the other, in the order they came; the reader does not wait for this."""
+        await self._greet()
+        while True:
+            while self._inbox:
+                await self._handle(self._inbox.popleft())
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def _handle(self, fields: dict[str, Any]) -> None:
-        """Do what one message asks. What goes wrong is answered with an error event; the socket stays open."""
+        """Do what one message asks. What goes wrong is answered with an error event; the socket stays
+        open."""
         named = {key: fields[key] for key in ("event_id", "stream_id") if isinstance(fields.get(key), str)}
         reply_id = fields.get("response_id")
         try:
             await self.services.limits.message(self.person.user)
-            await self._act(protocol.read_event(fields))
+            await self._do(protocol.read_event(fields))
             return
-        except ApiError as error:
-            problem = error
-        except (StoreUnavailable, EngineLost) as error:
-            problem = Unavailable(str(error), retry_after=2)
-        except Exception:
-            log.exception("message failed", type=str(fields.get("type"))[:80])
-            problem = ServerFault("an internal error; the message was not acted on")
+        except Exception as error:
+            problem = as_api_error(error)
         self.services.metrics.refused.labels(code=problem.code).inc()
         self._put(error_event(problem, response_id=reply_id if isinstance(reply_id, str) else None, **named))
 
-    async def _act(self, event: protocol.ClientEvent) -> None:
+    async def _do(self, event: protocol.ClientEvent) -> None:
         match event:
             case protocol.ResponseCreate():
                 await self._create(event)
@@ -265,12 +279,12 @@ class Socket:
     async def _create(self, event: protocol.ResponseCreate) -> None:
         services, user = self.services, self.person.user
         self._check_room()
-        if event.tools:
-            raise BadRequest("tools: expected none, this model cannot call any", param="tools")
+        refuse_tools(event.tools)
         conversation = conversation_of(event.conversation) or self.conversation
         if event.previous_response_id is not None:
             before = await services.replies.find(user, event.previous_response_id)
             conversation = before.plan.conversation
+        await services.limits.reply(user)
         reply = await services.session.answer(
             user, event, said_in_response(event), conversation, key=event.event_id
         )

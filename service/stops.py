@@ -6,9 +6,8 @@ from collections.abc import Sequence
 class StopText:
     """Cuts a stream of text before the first stop string, wherever the pieces were broken.
 
-    A tail that could still become a stop string is held back until it cannot. What has come out after a number
-    of pushes depends on the joined text alone, so a reply can be taken up again from its tokens.
-    """
+    A tail that could still become a stop string is held back until it cannot. What has come out after a
+    number of pushes depends on the joined text alone, so a reply can be taken up again from its tokens."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)

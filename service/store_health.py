@@ -1,18 +1,20 @@
-"""Whether the store answers. One failed call costs its whole timeout, so while it is away nobody else asks."""
+"""Whether the store answers. One failed call costs its whole timeout, so while it is away nobody else
+asks."""
 
 import asyncio
 import contextlib
 
 import structlog
-from personalization.store import Store, StoreUnavailable
 
+from personalization.store import Store, StoreUnavailable
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
 
 class StoreHealth:
-    """`away` from a call's failure until a ping succeeds. The pings are this object's task; `close` ends it."""
+    """`away` from a call's failure until a ping succeeds. The pings are this object's task; `close` ends
+    it."""
 
     def __init__(self, store: Store, metrics: Metrics, *, every_s: float = 0.5) -> None:
         self._store = store

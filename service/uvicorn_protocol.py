@@ -1,9 +1,8 @@
 """uvicorn's WebSocket protocol, made to let go of clients that stopped reading.
 
-When a peer does not answer pings, or does not read our close frame, uvicorn closes the transport. Closing waits
-for the write buffer to drain, which a peer that reads nothing never lets happen: `send()` stays blocked and the
-socket with it. An abort, half a second later, releases both.
-"""
+When a peer does not answer pings, or does not read our close frame, uvicorn closes the transport. Closing
+waits for the write buffer to drain, which a peer that reads nothing never lets happen: `send()` stays
+blocked and the socket with it. An abort, half a second later, releases both."""
 
 from typing import Any
 
@@ -19,7 +18,7 @@ class AbortingWebSocketProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(GRACE_S, self.transport.abort)
 
     async def run_asgi(self) -> None:
-        extensions: dict[str, Any] = self.scope["extensions"]  # type: ignore[assignment]
+        extensions: dict[str, Any] = self.scope["extensions"]
         extensions[ABORT] = self.transport.abort
         await super().run_asgi()
 

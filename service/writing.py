@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from engine.request import FinishedEvent, Timings, Usage
-
 from service.events import (
     AnyReplyEvent,
     Completed,
@@ -64,8 +63,8 @@ class Ending:
 
 
 class Writing:
-    """A reply as it grows. Begun from a log that already has entries, it goes on where they stop: text depends
-    on the joined tokens alone, so what was held back when the log broke off comes first."""
+    """A reply as it grows. Begun from a log that already has entries, it goes on where they stop: text
+    depends on the joined tokens alone, so what was held back when the log broke off comes first."""
 
     def __init__(self, reply: Reply, decoder: Decoder) -> None:
         self.plan: Plan = reply.plan
@@ -108,8 +107,8 @@ class Writing:
         self._ready += self._stops.push(self._decoder.push(token_ids))
 
     def take(self) -> tuple[list[AnyReplyEvent], tuple[int, ...]]:
-        """The events of what was heard since the last time, and the tokens they carry. No text, no events: the
-        tokens wait for the next event that has some."""
+        """The events of what was heard since the last time, and the tokens they carry. No text, no events:
+        the tokens wait for the next event that has some."""
         if not self._ready:
             return [], ()
         delta, self._ready = self._ready, ""
@@ -124,7 +123,8 @@ class Writing:
         return [InProgress(response=self.picture("in_progress"))]
 
     def finish(self) -> None:
-        """No more tokens: what was held back, half a character or a possible stop string, is text after all."""
+        """No more tokens: what was held back, half a character or a possible stop string, is text after
+        all."""
         self._ready += self._stops.push(self._decoder.finish()) + self._stops.flush()
 
     def closing(
