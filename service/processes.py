@@ -70,7 +70,13 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     engine = Engine(config, model, settings.adapter_root)
     log.info("engine.loaded", model=settings.shown_model, device=device, dtype=dtype)
     await until_stopped(
-        serve(engine, settings.engine_socket, on_ready=lambda: log.info("engine.ready")), stop
+        serve(
+            engine,
+            settings.engine_socket,
+            model_name=settings.shown_model,
+            on_ready=lambda: log.info("engine.ready"),
+        ),
+        stop,
     )
 
 
