@@ -30,8 +30,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated_activation(gate_up: Tensor) -> Tensor:
     """y = silu(g) * u. gate_up [T, 2F] = (g | u) -> [T, F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    width = gate_up.shape[-1] // 2
+    return torch.nn.functional.silu(gate_up[..., :width]) * gate_up[..., width:]
 
 
 def write_kv(k: Tensor, v: Tensor, slabs: Tensor, layer: int, block: Tensor, offset: Tensor) -> None:
