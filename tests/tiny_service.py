@@ -1,8 +1,7 @@
 """A whole service around a tiny random model: real engine, real Redis, real uvicorn, all on this machine.
 
-The model writes printable ASCII and never ends a reply by itself, so a reply is as long as it was asked to be.
-Its text depends on the adapter, the prompt and the seed alone.
-"""
+The model writes printable ASCII and never ends a reply by itself, so a reply is as long as it was asked to
+be. Its text depends on the adapter, the prompt and the seed alone."""
 
 import asyncio
 import json
@@ -128,6 +127,12 @@ class EngineProcess:
         if not ready.is_set():
             waiting.cancel()
             await self._task
+
+    async def check(self) -> None:
+        """Every page is where the books say, once nothing runs."""
+        if self._task is not None and not self._task.done():
+            async with await EngineClient.connect(self.socket) as client:
+                await client.check_integrity()
 
     async def stop(self) -> None:
         if self._task is not None:
