@@ -253,6 +253,7 @@ class Engine:
         cancelled = [s.id for s in self._sequences.values() if adapter_id in s.labels]
         for request_id in cancelled:
             self.cancel(request_id)
+        self._runner.drop_copies()
         slabs, host_bytes = self._adapters.forget(adapter_id)
         return Forgotten(
             device_slabs=slabs,
