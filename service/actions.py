@@ -1,7 +1,7 @@
 """What can be done for a person besides talking: refresh, roll back, import an adapter, forget.
 
 One place for the gateway and for the commands. Rooms that load torch are imported by the first action that
-needs one, in a thread: the gateway's streams must not wait for it.
+needs one, in a thread: the gateway's streams must not wait for that.
 """
 
 import asyncio
@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from personalization.jobs import cancel_jobs, open_queue, request_refresh
 from personalization.store import Store
 from service.forget import EngineCaches, Removed, forget
 from service.settings import Settings
 
 
-class NotPossible(ValueError):
+class NotPossible(LookupError):
     """It cannot be done as asked; the message says expected and got."""
 
 
@@ -29,12 +30,12 @@ class Actions:
         self._settings = settings
         self._store = store
         self._redis = redis
+        self._queue = open_queue(redis)
         self._engine = engine
 
     async def refresh(self, user: str, reason: str) -> dict[str, Any]:
         """Queue a refresh, or join the one that is under way: `{job_id, state}`."""
-        worker = await _load("personalization.worker")
-        asked = await worker.request_refresh(worker.open_queue(self._redis), self._store, user, reason)
+        asked = await request_refresh(self._queue, self._store, user, reason)
         return {"job_id": asked.job_id, "state": asked.state}
 
     async def rollback(self, user: str, version: int) -> int:
@@ -61,18 +62,14 @@ class Actions:
 
     async def forget(self, user: str) -> Removed:
         """Remove everything of the person, everywhere."""
-        worker, publish = await _load("personalization.worker"), await _load("personalization.publish")
+        publish = await _load("personalization.publish")
         engine: EngineCaches = await self._engine()
-
-        async def cancel_jobs(who: str) -> int:
-            return int(await worker.cancel_jobs(worker.open_queue(self._redis), self._store, who))
-
         return await forget(
             user,
             store=self._store,
             redis=self._redis,
             engine=engine,
-            cancel_jobs=cancel_jobs,
+            cancel_jobs=lambda who: cancel_jobs(self._queue, self._store, who),
             remove_versions=lambda adapter_id: publish.remove_versions(
                 self._settings.adapter_root, adapter_id
             ),

@@ -159,8 +159,8 @@ def announce(settings: Settings, *, as_json: bool) -> None:
         print(json.dumps({"ready": True, "page": settings.page_address}), flush=True)
         return
     place = "" if settings.data == Path.cwd() / "data" else f" --data {settings.data}"
-    command = sys.argv[0] if os.sep in sys.argv[0] else "attune"
-    command = command.removeprefix(str(Path.cwd()) + os.sep)
+    called = Path(sys.argv[0])
+    command = str(called).removeprefix(str(Path.cwd()) + os.sep) if called.name == "attune" else "attune"
     print(
         f"\n  Attune is ready, on the model {settings.shown_model}.\n\n"
         f"  page    {settings.page_address}\n"

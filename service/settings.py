@@ -70,7 +70,7 @@ class Settings(BaseModel):
 
     # learning
     auto_refresh_after: int = Field(default=50, ge=0)  # new learned turns; 0: never by itself
-    nightly_hour: Annotated[int | None, BeforeValidator(_optional)] = Field(default=3, ge=0, le=23)  # UTC
+    nightly_hour: Annotated[int | None, BeforeValidator(_optional)] = Field(default=3, ge=0, le=23)  # local
     train_threads: int = Field(default=0, ge=0)  # 0: all cores
 
     # people
