@@ -27,8 +27,9 @@ from engine.server import serve as serve_engine
 from engine.weights import LoadedModel, load_model
 from personalization.prompt import Renderer
 from personalization.store import Store, VersionRecord
+from service.app import Gateway, GatewayDeps, GatewayOptions, build_app
 from service.auth import allowed_origins
-from service.gateway import Gateway, GatewayDeps, GatewayOptions, Server, build_app, server_config
+from service.gateway import Server, server_config
 from service.limits import Limits
 from service.replies import Patience
 from service.session import SessionOptions
