@@ -84,7 +84,7 @@ def finish(engine: Engine, requests: list[Request]) -> tuple[list[list[int]], fl
 
 
 def mixed_requests(all_prompts: list[list[int]], label: str) -> list[Request]:
-    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     return [
         Request(id=f"{label}-{i}", prompt=tuple(p), sampling=sampling, adapter=AdapterRef(adapter_name(i), 1), user_key=str(i))
         for i, p in enumerate(all_prompts)
@@ -160,7 +160,7 @@ def first_token(root: Path, folder: Path, rounds: int) -> dict[str, Any]:
     replies: dict[bool, list[list[int]]] = {True: [], False: []}
     engines = {cached: engine_on(root, folder, prefix_cache=cached) for cached in (True, False)}
     vocab = load_model(folder).config.vocab_size
-    sampling = SamplingParams(temperature=0.0, max_tokens=8)
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     for turn in range(rounds + 1):
         history = prompts(vocab, HISTORY_TOKENS, 1, seed=100 + turn)[0]
         message = prompts(vocab, MESSAGE_TOKENS, 1, seed=200 + turn)[0]
