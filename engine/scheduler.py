@@ -142,7 +142,6 @@ class Scheduler:
         chunks: list[Chunk] = []
         decoding = sum(sequence.num_pending == 1 for sequence in self.running)
         budget = self._config.max_tokens_per_step - decoding
-        preempted = False
         for sequence in list(self.running):
             if not sequence.blocks:
                 continue  # gave way to an older one in this loop
@@ -150,13 +149,12 @@ class Scheduler:
             if length == 0:
                 continue
             while not self._has_block_for(sequence, length):
-                preempted = True
                 if self._preempt_newest() is sequence:
                     break
             else:
                 budget -= length if sequence.num_pending > 1 else 0
                 chunks.append(self._chunk(sequence, length))
-        refused = self._admit(chunks, 0 if preempted else budget)
+        refused = self._admit(chunks, budget)
         return Plan(tuple(chunks), tuple(refused))
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
