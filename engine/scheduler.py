@@ -25,7 +25,7 @@ from engine.request import AdapterRef, Chunk, Sequence
 
 OUTPUT_TOKEN_COST = 2  # an input token costs 1; a decode step moves all weights for one token
 MOST_ABSENT = 1024  # counters of absent users kept before those without debt are dropped
-LOOKAHEAD = 256  # waiting adapters considered for loading at a time
+LOOKAHEAD = 256  # requests looked at, for their adapters, behind those admitted
 
 
 class ArenaExceeded(ValueError):
@@ -165,11 +165,13 @@ class Scheduler:
         """
         refused: list[tuple[Sequence, Refusal]] = []
         required: dict[AdapterRef, None] = {}
-        is_open = True
+        is_open, looked_ahead = True, 0
         for sequence in self._fair_order():
             is_open = is_open and budget > 0 and len(self.running) < self._max_running
-            if not is_open and len(required) >= LOOKAHEAD:
-                break
+            if not is_open:  # only to have the adapters of the next ones read
+                looked_ahead += 1
+                if looked_ahead > LOOKAHEAD:
+                    break
             adapter = sequence.request.adapter
             if adapter is not None and not self._adapters.ready(adapter):
                 failure = self._adapters.failure(adapter, sequence.arrived_at)
