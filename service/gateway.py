@@ -37,22 +37,21 @@ class Server(uvicorn.Server):
         yield
 
 
-def server_config(app: Starlette, **where: Any) -> uvicorn.Config:
-    """`where`: host and port, or uds. No compression: it more than doubles an idle socket's memory for frames
-    too small to gain."""
-    return uvicorn.Config(
-        app,
-        ws=AbortingWebSocketProtocol,
-        ws_max_size=protocol.MAX_FRAME_BYTES,
-        ws_per_message_deflate=False,
-        ws_ping_interval=20.0,
-        ws_ping_timeout=20.0,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        **where,
-    )
+def server_config(app: Starlette, **changes: Any) -> uvicorn.Config:
+    """`changes`: host and port, or uds, and whatever should differ. No compression: it more than doubles an
+    idle socket's memory for frames too small to gain."""
+    settings: dict[str, Any] = {
+        "ws": AbortingWebSocketProtocol,
+        "ws_max_size": protocol.MAX_FRAME_BYTES,
+        "ws_per_message_deflate": False,
+        "ws_ping_interval": 20.0,
+        "ws_ping_timeout": 20.0,
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": 5,
+    }
+    return uvicorn.Config(app, **(settings | changes))
 
 
 async def serve(app: Starlette, **where: Any) -> None:

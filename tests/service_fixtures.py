@@ -1,5 +1,5 @@
 """`tiny_model` and `service`. A test module that wants them says `pytest_plugins =
-("tests.service_fixtures",)`: importing fixtures by name would hide the tests' own arguments. """
+("tests.service_fixtures",)`: importing fixtures by name would hide the tests' own arguments."""
 
 import tempfile
 from collections.abc import AsyncIterator

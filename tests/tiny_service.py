@@ -245,6 +245,7 @@ class TinyService:
         patience: Patience = FAST,
         demo_hours: float | None = None,
         store: Store | None = None,
+        server: dict[str, Any] | None = None,
         **deps: Any,
     ) -> AsyncIterator[Running]:
         calls = Calls()
@@ -286,13 +287,13 @@ class TinyService:
                 **deps,
             )
         )
-        server = Server(server_config(app, host="127.0.0.1", port=0))
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
+        web = Server(server_config(app, host="127.0.0.1", port=0, **(server or {})))
+        serving = asyncio.create_task(web.serve())
+        while not web.started:
             assert not serving.done(), serving.exception()
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        running = Running(app.state.gateway, server, port, calls)
+        port = web.servers[0].sockets[0].getsockname()[1]
+        running = Running(app.state.gateway, web, port, calls)
         auth = running.gateway.auth
         auth._origins = allowed_origins("127.0.0.1", port)  # known only now
         try:
@@ -300,7 +301,7 @@ class TinyService:
         finally:
             for each in running.clients:
                 await each.close()
-            server.should_exit = True
+            web.should_exit = True
             await serving
             await client.close()
 
