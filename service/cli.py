@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,9 +19,11 @@ from typing import Annotated, Any, TypeVar
 import jwt
 import typer
 
+from engine.client import EngineClient, EngineError
 from personalization.history import InvalidTurn, dump
 from personalization.store import Store, StoreError, VersionRecord, connect
 from service import logs, operations, processes
+from service.actions import Actions, NotPossible
 from service.auth import ALGORITHM, AUDIENCE, checked_user
 from service.chat import ChatRefused, chat
 from service.errors import ApiError
@@ -32,6 +34,7 @@ from service.settings import Settings, SettingsError, read_or_create_secret, tok
 from service.supervisor import USER_ERROR, AlreadyRunning, ChildGaveUp, running_settings
 from service.supervisor import serve as supervise
 
+ENGINE_TIMEOUT_S = 20.0
 T = TypeVar("T")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -53,8 +56,10 @@ ASKED_WRONGLY = (
     ApiError,
     ChatRefused,
     operations.Refused,
+    NotPossible,
+    processes.ModelUnusable,
 )
-SERVICE_FAILED = (StoreError, ConnectionError, TimeoutError)
+SERVICE_FAILED = (StoreError, EngineError, ConnectionError, TimeoutError)
 
 Data = Annotated[Path | None, typer.Option(help="Data folder of the service. [default: ./data]")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
@@ -154,8 +159,8 @@ def announce(settings: Settings, *, as_json: bool) -> None:
         print(json.dumps({"ready": True, "page": settings.page_address}), flush=True)
         return
     place = "" if settings.data == Path.cwd() / "data" else f" --data {settings.data}"
-    command = sys.argv[0] if os.sep in sys.argv[0] else "attune"
-    command = command.removeprefix(str(Path.cwd()) + os.sep)
+    called = Path(sys.argv[0])
+    command = str(called).removeprefix(str(Path.cwd()) + os.sep) if called.name == "attune" else "attune"
     print(
         f"\n  Attune is ready, on the model {settings.shown_model}.\n\n"
         f"  page    {settings.page_address}\n"
@@ -205,7 +210,7 @@ def import_command(
 ) -> None:
     """Import histories. Importing a file again changes nothing."""
 
-    async def run(store: Store, _: Settings) -> operations.Imported:
+    async def run(store: Store, _: Actions) -> operations.Imported:
         with progress("importing") as show:
             return await operations.import_histories(store, file, on_progress=show)
 
@@ -226,7 +231,7 @@ def import_command(
 def export(user: User, data: Data = None, as_json: Json = False) -> None:
     """Print a person's history as JSON Lines, as `attune import` reads it."""
 
-    async def run(store: Store, _: Settings) -> list[str]:
+    async def run(store: Store, _: Actions) -> list[str]:
         return list(dump(user, await store.turns(user)))
 
     lines = with_store(data, run)
@@ -248,13 +253,13 @@ def refresh(
     if everyone == (user is not None):
         raise operations.Refused("expected a person's name or --all")
 
-    async def run(store: Store, settings: Settings) -> list[operations.Refreshed]:
+    async def run(store: Store, actions: Actions) -> list[operations.Refreshed]:
         people = [user] if user is not None else [name async for name in store.users()]
         if not people:
             raise operations.Refused("nobody has a history yet: import one with `attune import FILE`")
         with progress("learning") as show:
             return await operations.refresh(
-                store, people, processes.refresher(settings, store), wait=wait, on_progress=show
+                store, people, lambda who: actions.refresh(who, "asked"), wait=wait, on_progress=show
             )
 
     done = with_store(data, run)
@@ -272,7 +277,7 @@ def refresh(
 def adapters(user: User, data: Data = None, as_json: Json = False) -> None:
     """List a person's adapter versions; * marks the one that answers."""
 
-    async def run(store: Store, _: Settings) -> tuple[int, list[VersionRecord]]:
+    async def run(store: Store, _: Actions) -> tuple[int, list[VersionRecord]]:
         return (await store.pointer(user)).version, await store.versions(user)
 
     serving, records = with_store(data, run)
@@ -297,8 +302,8 @@ def rollback(
 ) -> None:
     """Answer with an earlier version again."""
 
-    async def run(store: Store, settings: Settings) -> int:
-        return await processes.rollback(settings, store, user, version)
+    async def run(store: Store, actions: Actions) -> int:
+        return await actions.rollback(user, version)
 
     before = with_store(data, run)
     answer(
@@ -317,8 +322,8 @@ def import_adapter(
 ) -> None:
     """Give a person an adapter that was trained elsewhere."""
 
-    async def run(store: Store, settings: Settings) -> int:
-        return await processes.import_adapter(settings, store, user, folder)
+    async def run(store: Store, actions: Actions) -> int:
+        return await actions.import_adapter(user, folder)
 
     version = with_store(data, run)
     answer({"user": user, "version": version}, f"{user}: version {version}", as_json=as_json)
@@ -335,8 +340,8 @@ def forget_command(
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Remove everything of {user}? This cannot be undone.", abort=True)
 
-    async def run(store: Store, settings: Settings) -> Removed:
-        return await processes.forget(settings, store, user)
+    async def run(store: Store, actions: Actions) -> Removed:
+        return await actions.forget(user)
 
     gone = with_store(data, run)
     text = (
@@ -365,16 +370,21 @@ def find_service(data: Path | None) -> Settings:
     return running or asked
 
 
-def with_store(data: Path | None, run: Callable[[Store, Settings], Coroutine[Any, Any, T]]) -> T:
-    """Run a command against the running service's store."""
+def with_store(data: Path | None, run: Callable[[Store, Actions], Coroutine[Any, Any, T]]) -> T:
+    """Run a command against the running service's store; the engine is called when it needs one."""
     settings = find_service(data)
 
     async def connected() -> T:
-        store = Store(connect(settings.redis_address), read_or_create_secret(settings.secret_path))
-        try:
-            return await run(store, settings)
-        finally:
-            await store.close()
+        redis = connect(settings.redis_address)
+        store = Store(redis, read_or_create_secret(settings.secret_path))
+        async with AsyncExitStack() as opened:
+            opened.push_async_callback(store.close)
+
+            async def engine() -> EngineClient:
+                client = EngineClient.connect(settings.engine_socket, timeout=ENGINE_TIMEOUT_S)
+                return await opened.enter_async_context(await client)
+
+            return await run(store, Actions(settings, store, redis, engine))
 
     return asyncio.run(connected())
 

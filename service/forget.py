@@ -6,10 +6,8 @@ keep every deleted word until its next rewrite.
 """
 
 import asyncio
-import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
@@ -26,6 +24,16 @@ class EngineCaches(Protocol):
     """The part of the engine's client that forgetting needs."""
 
     async def forget(self, adapter_id: str) -> EngineForgotten: ...
+
+
+class RemovedFolder(Protocol):
+    """What was in a person's folder."""
+
+    @property
+    def versions(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class RedisLog(Protocol):
@@ -62,42 +70,33 @@ async def forget(
     store: Store,
     redis: RedisLog,
     engine: EngineCaches,
-    adapter_root: Path,
     cancel_jobs: Callable[[str], Awaitable[int]],
+    remove_versions: Callable[[str], RemovedFolder],
 ) -> Removed:
     """Remove everything of `user`; returns what was there. Doing it twice removes nothing more.
 
-    `cancel_jobs` takes the person's jobs out of the queue and says how many. Raises StoreUnavailable, or
-    EngineLost with the history already gone: run it again.
+    `cancel_jobs` takes the person's jobs out of the queue and says how many; `remove_versions` takes the
+    folder of an adapter id from the disk, in a thread. Raises StoreUnavailable, or EngineLost with the
+    history already gone: do it again.
     """
     adapter_id = store.adapter_id(user)
     history = await store.forget(user)
     jobs = await cancel_jobs(user)
     copies = await engine.forget(adapter_id)
-    folders, disk_bytes = await asyncio.to_thread(_remove_folder, adapter_root / adapter_id)
+    folder = await asyncio.to_thread(remove_versions, adapter_id)
     return Removed(
         turns=history.turns,
         conversations=history.conversations,
         versions=history.versions,
         responses=history.responses,
         jobs=jobs,
-        folders=folders,
-        disk_bytes=disk_bytes,
+        folders=folder.versions,
+        disk_bytes=folder.nbytes,
         host_bytes=copies.host_bytes,
         device_slabs=copies.device_slabs,
         kv_blocks=copies.kv_blocks,
         log_rewritten=await rewrite_log(redis),
     )
-
-
-def _remove_folder(folder: Path) -> tuple[int, int]:
-    """Remove a person's adapters; returns (versions, bytes)."""
-    if not folder.is_dir():
-        return 0, 0
-    versions = sum(1 for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    shutil.rmtree(folder)
-    return versions, size
 
 
 async def rewrite_log(redis: RedisLog) -> bool:

@@ -21,6 +21,7 @@ def _line(_: WrappedLogger, __: str, event: EventDict) -> str:
     """time level process event key=value…; a traceback, when there is one, on the lines below."""
     trace = event.pop("exception", None)
     head = f"{event.pop('timestamp')} {event.pop('level'):{LEVEL_WIDTH}} {event.pop('process'):{NAME_WIDTH}}"
+    event.pop("color_message", None)  # uvicorn's own copy of the event
     pairs = "".join(f" {key}={value}" for key, value in event.items() if key != "event")
     line = f"{head} {event['event']}{pairs}"
     return f"{line}\n{trace}" if trace else line

@@ -69,19 +69,19 @@ class Refreshed:
 async def refresh(
     store: Store,
     users: Sequence[str],
-    enqueue: Callable[[str], Awaitable[str]],
+    enqueue: Callable[[str], Awaitable[dict[str, Any]]],
     *,
     wait: bool,
     on_progress: Progress,
 ) -> list[Refreshed]:
-    """Ask for a refresh of each person and, if `wait`, follow them to their ends.
+    """Ask for a refresh of each person and, if `wait`, follow them to their ends. `enqueue` → {job_id, …}.
 
     News arrive by pub/sub, which loses what is said while Redis is away; so the kept state is read as well.
     """
     results: dict[str, Refreshed] = {}
     shares: dict[str, float] = {}
     async with store.events() as events:
-        jobs = {user: await enqueue(user) for user in users}
+        jobs = {user: str((await enqueue(user))["job_id"]) for user in users}
         if not wait:
             return [Refreshed(user, job, "queued") for user, job in jobs.items()]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from service.settings import Settings, private_folder
+from service.settings import Settings, private_folder, read_or_create_secret
 
 log = structlog.get_logger()
 MIB = 1 << 20
@@ -89,18 +89,20 @@ async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
 
 async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
     """Learn from what people wrote."""
+    from personalization.refresh import RefreshPolicy
     from personalization.worker import WorkerSettings
     from personalization.worker import run_worker as run
 
     os.nice(WORKER_NICENESS)
-    await until_stopped(
-        run(
-            WorkerSettings(
-                data=settings.data,
-                redis_url=settings.redis_address,
-                model_folder=Path(settings.model),
-                model_name=settings.shown_model,
-            )
-        ),
-        stop,
+    worker = WorkerSettings(
+        data=settings.data,
+        redis_url=settings.redis_address,
+        model_folder=Path(settings.model),
+        model_name=settings.shown_model,
+        secret=read_or_create_secret(settings.secret_path),
+        policy=RefreshPolicy(auto_after=settings.auto_refresh_after),
+        threads=settings.train_threads,
+        device=settings.device,
+        nightly_hour=settings.nightly_hour,
     )
+    await until_stopped(run(worker), stop)

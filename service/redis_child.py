@@ -19,6 +19,7 @@ OLDEST = (6, 2, 0)
 # 6.2 before this release can be taken over by a client that may run Lua (CVE-2025-49844); other branches get
 # their fix from the distribution under the old number, so a version says nothing there.
 PATCHED_62 = (6, 2, 20)
+LOG_FILE = "redis.log"
 INSTALL = "install one with: apt-get install redis-server (or give --redis-url)"
 
 
@@ -91,6 +92,7 @@ def redis_argv(binary: Path, folder: Path, socket: Path, *, always_sync: bool = 
         "save": "",
         "maxmemory-policy": "noeviction",
         "loglevel": "warning",
+        "logfile": str(folder / LOG_FILE),
     }
     return [str(binary), *(word for key, value in options.items() for word in (f"--{key}", value))]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from service import leash
-from service.redis_child import RedisBinary, answers, find_redis, redis_argv, sync_files
+from service.redis_child import LOG_FILE, RedisBinary, answers, find_redis, redis_argv, sync_files
 from service.settings import Settings, SettingsError, private_folder, read_or_create_secret
 
 USER_ERROR = 2
@@ -59,6 +59,7 @@ class Program:
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     grace_s: float = 10.0
+    log_file: Path | None = None  # where it says what is wrong, when not on our standard error
 
 
 def restart_delay(failures: int) -> float:
@@ -98,7 +99,8 @@ class Child:
                 raise ChildGaveUp(name)
             failures = 1 if self._clock() - started > STEADY_S else failures + 1
             delay = restart_delay(failures)
-            log.warning("process.died", child=name, code=code, restart_in_s=delay)
+            where = {"see": self.program.log_file} if self.program.log_file else {}
+            log.warning("process.died", child=name, code=code, restart_in_s=delay, **where)
             await asyncio.sleep(delay)
 
     async def stop(self) -> None:
@@ -171,11 +173,9 @@ class Supervisor:
         # The children of a supervisor that was just killed go a moment after its lock does.
         async with asyncio.timeout(10):
             await until(lambda: _negate(answers(settings.redis_socket)))
-        always = settings.fsync == "always"
-        argv = redis_argv(
-            binary.path, private_folder(settings.redis_folder), settings.redis_socket, always_sync=always
-        )
-        self._start(group, Program("redis", tuple(argv), self._environment))
+        folder, always = private_folder(settings.redis_folder), settings.fsync == "always"
+        argv = redis_argv(binary.path, folder, settings.redis_socket, always_sync=always)
+        self._start(group, Program("redis", tuple(argv), self._environment, log_file=folder / LOG_FILE))
         await until(lambda: answers(settings.redis_socket))
         log.info("redis.ready", version=".".join(map(str, binary.version)), binary=binary.path)
 

@@ -7,6 +7,7 @@ from redis.asyncio import Redis
 
 from engine.request import Forgotten as EngineForgotten
 from personalization.history import Turn
+from personalization.publish import remove_versions
 from personalization.store import Store
 from service.forget import forget, rewrite_log
 
@@ -44,7 +45,12 @@ async def test_every_place_is_emptied_and_counted(store: Store, redis: Redis, tm
         return 1
 
     gone = await forget(
-        "ada", store=store, redis=redis, engine=caches, adapter_root=tmp_path, cancel_jobs=cancel_jobs
+        "ada",
+        store=store,
+        redis=redis,
+        engine=caches,
+        cancel_jobs=cancel_jobs,
+        remove_versions=lambda adapter_id: remove_versions(tmp_path, adapter_id),
     )
     assert (gone.turns, gone.conversations, gone.jobs) == (3, 1, 1)
     assert (gone.folders, gone.disk_bytes) == (2, 20)
@@ -63,7 +69,12 @@ async def test_a_person_nobody_knows_is_forgotten_without_fuss(
         return 0
 
     gone = await forget(
-        "nobody", store=store, redis=redis, engine=Caches(), adapter_root=tmp_path, cancel_jobs=no_jobs
+        "nobody",
+        store=store,
+        redis=redis,
+        engine=Caches(),
+        cancel_jobs=no_jobs,
+        remove_versions=lambda adapter_id: remove_versions(tmp_path, adapter_id),
     )
     assert (gone.turns, gone.folders) == (0, 0)
 

@@ -14,12 +14,7 @@ FILES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room
 MODEL_SIDE = {"engine.model", "engine.weights", "engine.adapter_files"}  # what learning shares with serving
 # A library or module and the only files that may touch it.
 ONLY_IN = {
-    "redis": {
-        "personalization/store.py",
-        "personalization/worker.py",
-        "service/gateway.py",
-        "service/cli.py",
-    },
+    "redis": {f"personalization/{name}.py" for name in ("store", "store_lua", "jobs", "worker")},
     "triton": {path.as_posix() for path in FILES if path.parts[0] == "kernels"},
     "asyncio": {p.as_posix() for p in FILES if p.parts[0] != "engine"}
     | {"engine/server.py", "engine/client.py"},

@@ -36,8 +36,8 @@ async def test_a_file_without_turns_is_no_division_by_zero(store: Store) -> None
 
 
 async def test_a_refresh_is_followed_to_each_persons_end(store: Store) -> None:
-    async def enqueue(user: str) -> str:
-        return f"job-{user}"
+    async def enqueue(user: str) -> dict[str, str]:
+        return {"job_id": f"job-{user}"}
 
     async def work() -> None:
         await asyncio.sleep(0.1)
@@ -78,9 +78,9 @@ async def test_a_refresh_that_ended_while_redis_was_away_is_found_in_the_kept_st
         "reason": "no better",
     }
 
-    async def enqueue(user: str) -> str:
+    async def enqueue(user: str) -> dict[str, str]:
         await store.publish_progress(user, ended)
-        return "job-ada"
+        return {"job_id": "job-ada"}
 
     async with asyncio.timeout(20):
         (done,) = await operations.refresh(store, ["ada"], enqueue, wait=True, on_progress=silent)
@@ -88,9 +88,9 @@ async def test_a_refresh_that_ended_while_redis_was_away_is_found_in_the_kept_st
 
 
 async def test_news_of_an_earlier_job_does_not_end_the_wait(store: Store) -> None:
-    async def enqueue(user: str) -> str:
+    async def enqueue(user: str) -> dict[str, str]:
         await store.publish_progress(user, {"job_id": "older", "state": "completed"})
-        return "newer"
+        return {"job_id": "newer"}
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.5):
@@ -98,8 +98,8 @@ async def test_news_of_an_earlier_job_does_not_end_the_wait(store: Store) -> Non
 
 
 async def test_without_waiting_the_job_is_named(store: Store) -> None:
-    async def enqueue(user: str) -> str:
-        return "job-1"
+    async def enqueue(user: str) -> dict[str, str]:
+        return {"job_id": "job-1"}
 
     (done,) = await operations.refresh(store, ["ada"], enqueue, wait=False, on_progress=silent)
     assert (done.job_id, done.state) == ("job-1", "queued")
