@@ -30,8 +30,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated_activation(gate_up: Tensor) -> Tensor:
     """y = silu(g) * u. gate_up [T, 2F] = (g | u) -> [T, F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    width = gate_up.shape[-1] // 2
+    return torch.nn.functional.silu(gate_up[..., :width]) * gate_up[..., width:]
 
 
 def write_kv(k: Tensor, v: Tensor, slabs: Tensor, layer: int, block: Tensor, offset: Tensor) -> None:
@@ -82,17 +82,23 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     Row i of q stands at position len - n + i and sees positions up to its own, the newest `window` of them.
     """
     count, length = q.shape[0], k.shape[0]
-    groups = q.shape[1] // k.shape[1]
-    last = torch.arange(length - count, length, device=q.device)[:, None]
-    at = torch.arange(length, device=q.device)
+    is_causal = count == length and (window is None or window >= length)
     mask = None
-    if count > 1 or (window is not None and window < length):
+    if not is_causal and (count > 1 or (window is not None and window < length)):
+        last = torch.arange(length - count, length, device=q.device)[:, None]
+        at = torch.arange(length, device=q.device)
         mask = at <= last
         if window is not None:
             mask &= at > last - window
-    heads = q.transpose(0, 1)[None]  # [1, Hq, n, D]
-    k, v = (x.transpose(0, 1).repeat_interleave(groups, 0)[None] for x in (k, v))  # [1, Hq, len, D]
-    mixed = torch.nn.functional.scaled_dot_product_attention(heads, k, v, attn_mask=mask, scale=scale)
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],  # [1, Hq, n, D]
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=True,
+    )
     return mixed[0].transpose(0, 1)
 
 
