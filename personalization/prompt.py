@@ -244,13 +244,15 @@ class Renderer:
                     if turns[place].role == "user" and upto[end] - upto[place] <= most
                 ]
                 enough = [place for place in users if upto[end] - upto[place] >= least]
+                newest = end - 1 if turns[end - 1].role == "user" else end
                 start = (
                     min(enough, key=lambda place: _rank(turns[place]))
                     if enough
-                    else min(users, default=end - 1)
+                    else min(users, default=newest)
                 )
         later = [place for place in range(start + 1, len(turns) - 1) if turns[place].role == "user"]
-        return list(dict.fromkeys([start, *later, len(turns) - 1]))
+        last = len(turns) - 1
+        return list(dict.fromkeys([min(start, last), *later, last]))
 
     def _instruction_cost(self, instructions: str | None) -> int:
         return 0 if instructions is None else self._count(instructions) + self._turn_cost["user"]
@@ -294,34 +296,39 @@ class Renderer:
 
 
 class StreamDecoder:
-    """Ids as they come → text as far as it is certain: never half a character. All `push` gives, joined, and
-    then `finish`, are `decode` of all the ids."""
+    """Ids as they come → text as far as it is certain: never half a character. All that `push` gives, joined,
+    and then `finish`, are `decode` of all the ids."""
 
-    # A few ids before the new ones are decoded again each time: some decoders drop a space at the very start,
-    # and a character may be spread over up to four ids.
-    _CONTEXT = 6
+    # A trailing replacement character may be the beginning of a character still to come; where bytes are
+    # tokens, one missing byte turns the whole run of bytes before it into replacement characters. More than
+    # this many in a row are what the model meant.
+    _HELD = 64
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
+        # The ids from the last but one moment at which all was certain: some decoders drop the space at the
+        # very start, so new ids are decoded behind some that are known.
         self._ids: list[int] = []
+        self._known = 0  # ids that were there at the last such moment
         self._given = 0  # characters of decode(self._ids) that were given out
 
     def push(self, ids: Sequence[int]) -> str:
         self._ids += ids
         text = self._decode(self._ids)
-        # A trailing replacement character may be the beginning of a character still to come.
-        certain = len(text) - min(len(text) - len(text.rstrip("\ufffd")), 4)
+        certain = len(text) - min(len(text) - len(text.rstrip("\ufffd")), self._HELD)
         new = text[self._given : certain]
         self._given = max(self._given, certain)
         if certain == len(text):
-            self._ids = self._ids[-self._CONTEXT :]
-            self._given = len(self._decode(self._ids))
+            later = self._decode(self._ids[self._known :])
+            if later:
+                self._ids, self._given = self._ids[self._known :], len(later)
+            self._known = len(self._ids)
         return new
 
     def finish(self) -> str:
         """What was held back, as it stands."""
         rest = self._decode(self._ids)[self._given :]
-        self._ids, self._given = [], 0
+        self._ids, self._known, self._given = [], 0, 0
         return rest
 
 
