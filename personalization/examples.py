@@ -65,7 +65,8 @@ def _rows(
     window_tokens: int,
     context_tokens: int,
 ) -> list[Example]:
-    """The turns from `first` to before `past`, cut into windows; those with nothing to learn are left out."""
+    """The turns from `first` to before `past`, cut into windows; a window ends with its last turn to learn,
+    and one without any is no row."""
     costs = [renderer.cost(turn) for turn in said[:past]]
     room = window_tokens - renderer.frame_cost
     rows = []
@@ -80,10 +81,13 @@ def _rows(
         while end < past and used + costs[end] <= room:
             used += costs[end]
             end += 1
-        here = {turn.id for turn in said[first:end]} & lessons
-        example = renderer.example(said[context:end], _among(here))
-        if any(example.learn_mask[:window_tokens]):
-            rows.append(Example(example.token_ids[:window_tokens], example.learn_mask[:window_tokens]))
+        here = [place for place in range(first, end) if said[place].id in lessons]
+        if here:
+            example = renderer.example(
+                said[context : here[-1] + 1], _among({said[place].id for place in here})
+            )
+            if any(example.learn_mask[:window_tokens]):
+                rows.append(Example(example.token_ids[:window_tokens], example.learn_mask[:window_tokens]))
         first = end
     return rows
 

