@@ -59,8 +59,9 @@ class _Held:
 class KvLanes:
     """K and V of all decoding sequences, side by side, their newest positions in one common column.
 
-    buffer [L, 2, lanes, Hkv, columns, D]: position p of a lane of length n is column end - n + p, so every
-    lane's next token goes to column `end` and a sliding window is the same columns for all.
+    k [L, lanes, Hkv, D, columns], v [L, lanes, Hkv, columns, D]: position p of a lane of length n is column
+    end - n + p, so every lane's next token goes to column `end`, and a sliding window is the same columns for
+    all. K lies transposed because that is how its product reads it without repacking.
     """
 
     def __init__(self, config: ModelConfig, slabs: Tensor, budget_bytes: int) -> None:
@@ -72,8 +73,7 @@ class KvLanes:
         self._held: dict[Hashable, _Held] = {}
         self._asked: tuple[str, ...] = ()  # the sequences of the last call, and the rows chosen of them
         self._rows: tuple[int, ...] = ()
-        self._buffer = self._new_buffer(0, 0)
-        self._mask = slabs.new_zeros(0, config.num_kv_heads, 1, 0)
+        self._k, self._v, self._mask = self._new_buffers(0, 0)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -88,7 +88,7 @@ class KvLanes:
         if ids == self._asked and all(
             self._follows(ids[row], blocks[row], context_lens[row]) for row in self._rows
         ):
-            if self._ids and self.end == self._buffer.shape[4]:
+            if self._ids and self.end == self._num_columns:
                 self._resize(max(held.length for held in self._held.values()))
             return self._rows
         lengths = [length - 1 for length in context_lens]
@@ -100,9 +100,7 @@ class KvLanes:
         self._drop_all_but(set(row_of) & set(self._held), wanted=list(row_of))
         longest = max((lengths[row] for row in chosen), default=0)
         if self._ids and (
-            max(longest, self.end) >= self._buffer.shape[4]
-            or longest > self.end
-            or len(self._ids) > self._buffer.shape[2]
+            self.end >= self._num_columns or longest > self.end or len(self._ids) > self._k.shape[1]
         ):
             self._resize(longest)
         for lane, key in enumerate(self._ids):
@@ -130,19 +128,23 @@ class KvLanes:
 
     def clear(self) -> None:
         self._ids, self._held, self._asked, self._rows, self.end = [], {}, (), (), 0
-        self._buffer = self._new_buffer(0, 0)
+        self._k, self._v, self._mask = self._new_buffers(0, 0)
 
     def columns(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Where this step's K and V go: per layer [lanes, Hkv, D]."""
-        at_end = self._buffer[:, :, : len(self), :, self.end]
-        return at_end[:, 0].unbind(0), at_end[:, 1].unbind(0)
+        lanes = len(self)
+        return self._k[:, :lanes, :, :, self.end].unbind(0), self._v[:, :lanes, :, self.end].unbind(0)
 
-    def newest(self) -> Tensor:
-        """Column `end` of all layers: [lanes, L, 2, Hkv, D]."""
-        return self._buffer[:, :, : len(self), :, self.end].permute(2, 0, 1, 3, 4)
+    def store(self, slots: Iterable[tuple[int, int]]) -> None:
+        """Write column `end` of every lane to its (slab, offset)."""
+        k, v = self._k[..., self.end].unbind(1), self._v[:, :, :, self.end].unbind(1)  # per lane [L, Hkv, D]
+        for lane, (slab, offset) in enumerate(slots):
+            page = self._slabs[slab, :, :, offset]  # [L, 2, Hkv, D]
+            page[:, 0].copy_(k[lane])
+            page[:, 1].copy_(v[lane])
 
     def views(self, window: int | None = None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        """(K transposed per layer [lanes * Hkv, D, n], V per layer [lanes * Hkv, n, D], mask [lanes * Hkv, 1, n]).
+        """Per layer K [N, D, n] and V [N, n, D], and the mask [N, 1, n], with N = lanes * Hkv.
 
         The n columns end with `end`; the mask is -inf where a lane holds nothing.
         """
@@ -150,9 +152,16 @@ class KvLanes:
         first = self.end - max(held.length for held in self._held.values())
         if window is not None:
             first = max(first, self.end + 1 - window)
-        flat = self._buffer.flatten(2, 3)[:, :, :lanes, first : self.end + 1]
-        mask = self._mask.flatten(0, 1)[:lanes, :, first : self.end + 1]
-        return flat[:, 0].transpose(-1, -2).unbind(0), flat[:, 1].unbind(0), mask
+        columns = slice(first, self.end + 1)
+        return (
+            self._k.flatten(1, 2)[:, :lanes, :, columns].unbind(0),
+            self._v.flatten(1, 2)[:, :lanes, columns].unbind(0),
+            self._mask.flatten(0, 1)[:lanes, :, columns],
+        )
+
+    @property
+    def _num_columns(self) -> int:
+        return self._v.shape[3]
 
     def _follows(self, key: Hashable, blocks: tuple[int, ...], context_len: int) -> bool:
         held = self._held.get(key)
@@ -163,7 +172,7 @@ class KvLanes:
         )
 
     def _choose(self, lengths: list[int]) -> list[int]:
-        """The rows that get a lane: all, or the shorter ones if the longest would waste too much on padding."""
+        """The rows that get a lane: all, or the shorter ones if the longest would cost too much padding."""
         rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
         total = sum(lengths)
         while rows:
@@ -185,19 +194,22 @@ class KvLanes:
         moves, _ = rearrange(self._ids, wanted)
         self._held = {key: held for key, held in self._held.items() if key in valid}
         for source, target in moves:
-            self._buffer[:, :, target].copy_(self._buffer[:, :, source])
+            self._k[:, target].copy_(self._k[:, source])
+            self._v[:, target].copy_(self._v[:, source])
             self._mask[target].copy_(self._mask[source])
-        kept = len(valid)
-        self._buffer[:, :, kept:before].zero_()
+        self._k[:, len(valid) : before].zero_()
+        self._v[:, len(valid) : before].zero_()
 
     def _fill(self, lane: int, key: Hashable, blocks: tuple[int, ...], length: int) -> None:
         block_size = self._slabs.shape[3]
         used = blocks[: -(-length // block_size)]
         pages = self._slabs[torch.tensor(used, dtype=torch.int64)]  # [n, L, 2, block_size, Hkv, D]
-        positions = pages.permute(1, 2, 4, 0, 3, 5).flatten(3, 4)[:, :, :, :length]  # [L, 2, Hkv, length, D]
+        positions = pages.permute(2, 1, 4, 0, 3, 5).flatten(3, 4)[..., :length, :]  # [2, L, Hkv, length, D]
         start = self.end - length
-        self._buffer[:, :, lane, :, :start].zero_()
-        self._buffer[:, :, lane, :, start : self.end].copy_(positions)
+        self._k[:, lane, :, :, :start].zero_()  # masked, but a NaN left there would get through
+        self._v[:, lane, :, :start].zero_()
+        self._k[:, lane, :, :, start : self.end].copy_(positions[0].transpose(-1, -2))
+        self._v[:, lane, :, start : self.end].copy_(positions[1])
         self._mask[lane, :, :, :start] = -math.inf
         self._mask[lane, :, :, start:] = 0
         self._held[key] = _Held(blocks, length)
@@ -208,24 +220,27 @@ class KvLanes:
         kept = max((item.length for item in held if item is not None), default=0)
         room = max(_COLUMN_STEP, longest // 4)
         columns = -(-(longest + room) // _COLUMN_STEP) * _COLUMN_STEP
-        lanes = self._buffer.shape[2]
+        old_k, old_v, old_mask, old_end = self._k, self._v, self._mask, self.end
+        count = lanes = old_k.shape[1]
         if len(self._ids) > lanes:
             lanes = max(len(self._ids), lanes * 3 // 2)
-        old, old_mask, old_end = self._buffer, self._mask, self.end
-        self._buffer = self._new_buffer(lanes, columns)
-        self._mask = self._slabs.new_zeros(lanes, self._config.num_kv_heads, 1, columns)
+        self._k, self._v, self._mask = self._new_buffers(lanes, columns)
         self.end = longest
-        count = min(old.shape[2], lanes)
         if kept:
             source, target = slice(old_end - kept, old_end), slice(longest - kept, longest)
-            self._buffer[:, :, :count, :, target].copy_(old[:, :, :count, :, source])
-            self._mask[:count, :, :, target].copy_(old_mask[:count, :, :, source])
+            self._k[:, :count, :, :, target].copy_(old_k[..., source])
+            self._v[:, :count, :, target].copy_(old_v[:, :, :, source])
+            self._mask[:count, :, :, target].copy_(old_mask[..., source])
             self._mask[:count, :, :, : longest - kept] = -math.inf
 
-    def _new_buffer(self, lanes: int, columns: int) -> Tensor:
-        config = self._config
-        shape = (config.num_layers, 2, lanes, config.num_kv_heads, columns, config.head_dim)
-        return self._slabs.new_zeros(shape)
+    def _new_buffers(self, lanes: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        config, zeros = self._config, self._slabs.new_zeros
+        layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
+        return (
+            zeros(layers, lanes, heads, dim, columns),
+            zeros(layers, lanes, heads, columns, dim),
+            zeros(lanes, heads, 1, columns),
+        )
 
 
 class _Gone:
@@ -296,8 +311,8 @@ class LoraLanes:
         if len(products) == 1 and products[0].b.shape[2] == y.shape[2]:
             y.baddbmm_(u, products[0].b)
             return
-        for product in products:
-            y[:, :, product.out].baddbmm_(u[:, :, product.ranks], product.b)
+        for product in products:  # baddbmm_ into columns of y would go row by row
+            y[:, :, product.out].add_(torch.bmm(u[:, :, product.ranks], product.b))
 
     def _rearrange(self, keys: list[Hashable], residents: Many[ResidentAdapter]) -> None:
         before = len(self._adapters)
@@ -365,7 +380,7 @@ def _columns(config: ModelConfig, group: str, module: str) -> slice:
 
 
 def _units(config: ModelConfig, layout: AdapterLayout) -> tuple[int, Tensor, Tensor]:
-    """(unit, the image's unit for each unit of a lane [U], its factor [U, 1]): a lane is a gather of units."""
+    """A lane is a gather of units: (their size, which of the image [U], the factor of each [U, 1])."""
     widths = [width for m in layout.modules for width in (m.in_features, m.out_features)]
     unit = math.gcd(layout.slab_elems, *(RANK_TILE * width for width in widths))
     units, factors = [], []

@@ -51,16 +51,15 @@ class Runner:
         token_ids: list[int] = sample(self.logits(batch), batch.sampling).tolist()
         return token_ids
 
-    @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """[R, vocab] float32, in the order of the chunks."""
         try:
-            return self._forward(batch)
+            with torch.inference_mode():
+                return self._forward(batch)
         except BaseException:
             self.drop_copies()  # a lane half written is worth nothing
             raise
 
-    @torch.inference_mode()
     def copy_in(self, image: Tensor, slabs: Many[int]) -> None:
         """Copy the image [n, slab_elems] of a packed adapter into these n slabs."""
         self._arena.index_copy_(0, torch.tensor(slabs), image.to(self._arena.dtype))
@@ -92,26 +91,19 @@ class Runner:
         """Which rows run on lanes of their layout, and which straight on pages."""
         batch = plan.batch
         rows_of: dict[int, list[int]] = {}  # single rows by layout
-        for row in range(batch.num_single):
-            adapter = batch.adapter_of_seq[plan.sequences[row]]
-            if adapter >= 0:
+        for row, sequence in enumerate(plan.sequences):
+            if (adapter := batch.adapter_of_seq[sequence]) >= 0:
                 rows_of.setdefault(id(batch.adapters[adapter].layout), []).append(row)
         room = self._lora_lane_bytes
-        laned: list[tuple[LoraLanes, Tensor | slice]] = []
+        laned: list[_Laned] = []
         for rows in rows_of.values():
             residents = [batch.adapters[batch.adapter_of_seq[plan.sequences[row]]] for row in rows]
             lanes = self._lora.get(id(residents[0].layout)) or self._new_lanes(residents[0].layout)
-            size = len(rows) * lanes.lane_elems * self._arena.element_size()
-            if size > room:
-                continue
-            room -= size
-            order = [rows[index] for index in lanes.hold(residents)]
-            contiguous = order == list(range(order[0], order[0] + len(order)))
-            laned.append(
-                (lanes, slice(order[0], order[0] + len(order)) if contiguous else torch.tensor(order))
-            )
+            room -= len(rows) * lanes.lane_elems * self._arena.element_size()
+            if room >= 0:
+                laned.append(_Laned(lanes, [rows[index] for index in lanes.hold(residents)]))
         if batch.num_single:
-            used = {id(lanes.layout) for lanes, _ in laned}
+            used = {id(on.lanes.layout) for on in laned}
             self._lora = {key: lanes for key, lanes in self._lora.items() if key in used}
         return _Lora(self._config, self._arena, plan, laned)
 
@@ -220,32 +212,38 @@ class _Attend:
         if not n:
             return
         plan = self._plan
-        self._slabs[plan.slot_block[:n], :, :, plan.slot_offset[:n]] = self._kv.newest()
+        self._kv.store(zip(plan.slot_block[:n].tolist(), plan.slot_offset[:n].tolist(), strict=True))
         self._kv.advance([plan.batch.blocks[s] for s in plan.sequences[:n]])
+
+
+class _Laned:
+    """Token rows that run on the lanes of one layout; rows[i] is the row of lane i."""
+
+    def __init__(self, lanes: LoraLanes, rows: list[int]) -> None:
+        self.lanes = lanes
+        self.rows = rows
+        first = rows[0]
+        is_run = rows == list(range(first, first + len(rows)))
+        self._index = slice(first, first + len(rows)) if is_run else torch.tensor(rows)
+
+    def apply(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        part = y[self._index]
+        self.lanes.apply(layer, group, x[self._index], part)
+        if not isinstance(self._index, slice):  # then `part` is a copy
+            y[self._index] = part
 
 
 class _Lora:
     """The adapters of one step: one pair of products per layout and group, then the other rows on pages."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        arena: Tensor,
-        plan: _Plan,
-        laned: list[tuple[LoraLanes, Tensor | slice]],
-    ) -> None:
+    def __init__(self, config: ModelConfig, arena: Tensor, plan: _Plan, laned: list[_Laned]) -> None:
         self._laned = laned
-        self._pages = _PagedRows.find(config, arena, plan, laned)
+        self._paged = _PagedRows.find(config, arena, plan, {row for on in laned for row in on.rows})
 
     def __call__(self, layer: int, group: str, x: Tensor, y: Tensor) -> Tensor:
-        for lanes, rows in self._laned:
-            if isinstance(rows, slice):
-                lanes.apply(layer, group, x[rows], y[rows])
-            else:
-                part = y[rows]
-                lanes.apply(layer, group, x[rows], part)
-                y[rows] = part
-        return y if self._pages is None else self._pages.apply(layer, group, x, y)
+        for on in self._laned:
+            on.apply(layer, group, x, y)
+        return y if self._paged is None else self._paged.apply(layer, group, x, y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,19 +259,19 @@ class _PagedRows:
 
     @classmethod
     def find(
-        cls, config: ModelConfig, arena: Tensor, plan: _Plan, laned: list[tuple[LoraLanes, Tensor | slice]]
+        cls, config: ModelConfig, arena: Tensor, plan: _Plan, laned_rows: set[int]
     ) -> "_PagedRows | None":
         batch = plan.batch
-        adapter_of_row = batch.adapter_of_row.clone()
-        adapter_of_row[: batch.num_single] = adapter_of_row[torch.tensor(plan.sequences, dtype=torch.int64)]
-        for _, rows in laned:
-            adapter_of_row[rows] = -1
-        if not (adapter_of_row >= 0).any():
+        needed: dict[int, int] = {}  # adapter of the batch -> index into the tables
+        adapter_of_row = torch.full((len(batch.token_ids),), -1)
+        for place, sequence in enumerate([*plan.sequences, *range(batch.num_single, len(batch.blocks))]):
+            adapter = batch.adapter_of_seq[sequence]
+            if adapter >= 0 and place not in laned_rows:
+                rows = slice(batch.query_start[place], batch.query_start[place + 1])
+                adapter_of_row[rows] = needed.setdefault(adapter, len(needed))
+        if not needed:
             return None
-        needed = sorted(set(adapter_of_row.tolist()) - {-1})
         tables = [batch.adapters[index].table(config.num_layers) for index in needed]
-        index_of = torch.full((len(batch.adapters) + 1,), -1)  # the last entry is for row value -1
-        index_of[needed] = torch.arange(len(needed))
         most = max(table.tiles_a.shape[-1] for table in tables)
 
         def stack(tiles: list[Tensor]) -> Tensor:
@@ -288,7 +286,7 @@ class _PagedRows:
             columns[group] = (slice(first, first + len(modules)), widths)
         return cls(
             arena.view(-1),
-            index_of[adapter_of_row],
+            adapter_of_row,
             stack([table.tiles_a for table in tables]),
             stack([table.tiles_b for table in tables]),
             torch.stack([table.scales for table in tables]),
@@ -316,4 +314,4 @@ def _pack_weights(model: LoadedModel) -> None:
     if size > PACK_BYTES or not all(kernels.PackedLinear.supports(p.weight) for p in projections):
         return
     for projection in projections:
-        projection.packed = kernels.PackedLinear(projection.weight)
+        projection.packed = kernels.PackedLinear(projection.weight, projection.bias)

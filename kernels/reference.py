@@ -30,8 +30,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated_activation(gate_up: Tensor) -> Tensor:
     """y = silu(g) * u. gate_up [T, 2F] = (g | u) -> [T, F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    width = gate_up.shape[-1] // 2
+    return torch.nn.functional.silu(gate_up[..., :width]) * gate_up[..., width:]
 
 
 def write_kv(k: Tensor, v: Tensor, slabs: Tensor, layer: int, block: Tensor, offset: Tensor) -> None:
@@ -82,17 +82,23 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     Row i of q stands at position len - n + i and sees positions up to its own, the newest `window` of them.
     """
     count, length = q.shape[0], k.shape[0]
-    groups = q.shape[1] // k.shape[1]
-    last = torch.arange(length - count, length, device=q.device)[:, None]
-    at = torch.arange(length, device=q.device)
+    is_causal = count == length and (window is None or window >= length)
     mask = None
-    if count > 1 or (window is not None and window < length):
+    if not is_causal and (count > 1 or (window is not None and window < length)):
+        last = torch.arange(length - count, length, device=q.device)[:, None]
+        at = torch.arange(length, device=q.device)
         mask = at <= last
         if window is not None:
             mask &= at > last - window
-    heads = q.transpose(0, 1)[None]  # [1, Hq, n, D]
-    k, v = (x.transpose(0, 1).repeat_interleave(groups, 0)[None] for x in (k, v))  # [1, Hq, len, D]
-    mixed = torch.nn.functional.scaled_dot_product_attention(heads, k, v, attn_mask=mask, scale=scale)
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],  # [1, Hq, n, D]
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=True,
+    )
     return mixed[0].transpose(0, 1)
 
 
@@ -147,22 +153,39 @@ class PackedLinear:
     """y = x @ W.T (+ bias) on a CPU in float32, from a copy of W in the order the product reads it in.
 
     A plain product of few rows packs W anew in each call, at 8 rows for as much time as the product itself
-    takes. The price is the second copy of W.
+    takes; and reading W from memory is most of what is left. So the copy is of 16 bits where W was stored in
+    16 bits and they hold it exactly (sums stay float32), and of 32 bits otherwise.
     """
 
-    # The packing is good for any number of rows; it is laid out for as many as a decode step usually has.
-    _ROWS = 64
+    # Each layout is good for any number of rows. The first is laid out for as many as a decode step usually
+    # has; the second loses to a plain product from here on.
+    _PACKED_FOR_ROWS = 64
+    _MOST_HALF_ROWS = 24
 
-    def __init__(self, weight: Tensor) -> None:
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), self._ROWS)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._half = None
+        self._full = None
+        fits_half = torch.equal(self._weight.half().float(), self._weight)
+        if fits_half and hasattr(torch.ops.quantized, "linear_dynamic_fp16"):
+            self._half = torch.ops.quantized.linear_prepack_fp16(self._weight, self._bias)
+        else:
+            self._full = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, self._PACKED_FOR_ROWS)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, weight, bias, x.shape[0])
-        return y
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if self._half is None:
+            y: Tensor = torch.ops.mkl._mkl_linear(x, self._full, self._weight, self._bias, rows)
+            return y
+        if rows <= self._MOST_HALF_ROWS:
+            y = torch.ops.quantized.linear_dynamic_fp16(x, self._half)
+            return y
+        return torch.nn.functional.linear(x, self._weight, self._bias)
 
     @staticmethod
     def supports(weight: Tensor) -> bool:
-        """Whether this torch build has the packed product, for a tensor like this."""
+        """Whether this torch build has the packed products, for a tensor like this."""
         return (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32

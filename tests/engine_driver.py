@@ -18,7 +18,7 @@ BLOCK = 4
 
 
 class Driver:
-    """Sequences and adapters on one runner. Every slab not in use holds NaN: reading it shows in any logit."""
+    """Sequences and adapters on one runner. Slabs not in use hold NaN: whoever reads one shows it."""
 
     def __init__(self, model: LoadedModel, *, num_slabs: int = 600, seed: int = 0) -> None:
         config = model.config
@@ -44,9 +44,8 @@ class Driver:
         adapter: ResidentAdapter | None = None,
         sampling: SamplingParams | None = None,
     ) -> Sequence:
-        request = Request(
-            f"request-{next(self.numbers)}", tuple(tokens), sampling or SamplingParams(temperature=0)
-        )
+        name = f"request-{next(self.numbers)}"
+        request = Request(name, tuple(tokens), sampling or SamplingParams(temperature=0))
         sequence = Sequence(request)
         sequence.resident = adapter
         return sequence
