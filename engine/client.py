@@ -214,7 +214,9 @@ class EngineClient:
             except (OSError, wire.FrameError) as error:
                 log.debug("engine at %s: %s", self._path, error)
             except EngineRefused as refusal:
-                self._end = refusal
+                log.error("the engine at %s closed the connection: %s", self._path, refusal)
+                if refusal.code == "protocol_mismatch":  # which no further attempt will mend
+                    self._end = refusal
             finally:
                 was_up = self._writer is not None
                 self._drop_connection()

@@ -120,7 +120,7 @@ class EngineStats:
     """A picture of the engine between two steps; every group is a flat mapping of numbers."""
 
     step: dict[str, Any]
-    queue: dict[str, int]  # waiting, running, loading; admitted, preemptions
+    queue: dict[str, float]  # waiting, oldest_wait_s, running, loading; admitted, preemptions
     pages: dict[str, int]  # total, free, kv, kv_idle, adapter, adapter_idle; slab_bytes, block_size
     prefix: dict[str, int]  # lookup_tokens, hit_tokens, evictions
     adapters: dict[str, Any]  # resident, host_bytes, found by tier, loads, failures, seconds, evictions
@@ -247,12 +247,14 @@ class Engine:
     def forget(self, adapter_id: str) -> Forgotten:
         """Drop every copy of every version of this adapter but the files, and all K/V computed for its user.
 
-        Requests that use the adapter, or whose `user_key` is this id, are cancelled: what they would go on to
-        write would be made from what is to be forgotten.
+        Remove the files first, or a request may load them again. Requests that use the adapter, or whose
+        `user_key` is this id, are cancelled: what they would go on to write would be made from what is to
+        be forgotten.
         """
         cancelled = [s.id for s in self._sequences.values() if adapter_id in s.labels]
         for request_id in cancelled:
             self.cancel(request_id)
+        self._runner.drop_copies()
         slabs, host_bytes = self._adapters.forget(adapter_id)
         return Forgotten(
             device_slabs=slabs,
@@ -287,11 +289,12 @@ class Engine:
             yield from self.step()
 
     def stats(self) -> EngineStats:
-        pool, loads = self._pool, self._adapters.stats
+        pool, loads, now = self._pool, self._adapters.stats, self._clock()
         return EngineStats(
             step=asdict(self._steps),
             queue={
                 "waiting": self._scheduler.num_waiting,
+                "oldest_wait_s": max((now - s.arrived_at for s in self._scheduler.waiting), default=0.0),
                 "running": len(self._scheduler.running),
                 "loading": self._adapters.num_loading,
                 "admitted": self._scheduler.stats.admitted,

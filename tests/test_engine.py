@@ -211,7 +211,8 @@ def test_preemption_under_a_tiny_arena_changes_no_token(build: Build) -> None:
     reference = answer(build(), *requests)
     for prefix_cache in (True, False):
         engine = build(arena_bytes=24 * SLAB_BYTES, prefix_cache=prefix_cache)
-        replies = answer(engine, *requests)
+        answer(engine, *(ask(f"load {ref}", 1, replace(GREEDY, max_tokens=1), ref) for ref in (ADA, BOB)))
+        replies = answer(engine, *requests)  # the adapters are there, so all six meet
         assert engine.stats().queue["preemptions"] > 0
         assert replies.tokens == reference.tokens
 

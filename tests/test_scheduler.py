@@ -198,6 +198,15 @@ def test_no_more_requests_run_than_allowed() -> None:
     assert world.lengths() == {"c": 2}
 
 
+def test_no_more_requests_run_than_can_decode_in_one_step() -> None:
+    world = World(max_tokens_per_step=3, max_running=8)
+    for name in "abcde":
+        world.add(name, 1, 4)
+    assert len(world.lengths()) == 3
+    world.finish()
+    assert sorted(world.done) == list("abcde")
+
+
 def test_the_same_history_is_scheduled_the_same_way() -> None:
     def run() -> list[dict[str, int]]:
         world = World(slabs=12)

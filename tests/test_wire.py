@@ -1,5 +1,6 @@
 """Frames and messages as bytes: what is encoded comes back, what is no message is refused."""
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -91,7 +92,10 @@ def test_a_frame_over_the_limit_is_refused_at_its_header() -> None:
         (msgspec.msgpack.encode({"type": "cancel"}), "missing required field `stream`"),
         (msgspec.msgpack.encode({"type": "cancel", "stream": "1"}), "Expected `int`, got `str`"),
         (msgspec.msgpack.encode({"type": "cancel", "stream": 1, "force": True}), "unknown field `force`"),
-        (msgspec.msgpack.encode({"type": "prefetch", "adapter": {"id": "a", "version": 0}}), "integer from 1"),
+        (
+            msgspec.msgpack.encode({"type": "prefetch", "adapter": {"id": "a", "version": 0}}),
+            "integer from 1",
+        ),
         (
             msgspec.msgpack.encode({"type": "submit", "stream": 1, "request": {"id": "a", "prompt": []}}),
             "prompt: expected at least one token",
@@ -116,7 +120,5 @@ def test_what_is_no_message_is_refused_with_the_reason(body: bytes, reason: str)
 
 @given(st.binary(max_size=60))
 def test_no_bytes_can_do_worse_than_be_refused(body: bytes) -> None:
-    try:
+    with suppress(wire.FrameError):
         wire.decode_from_gateway(body)
-    except wire.FrameError:
-        pass
