@@ -9,7 +9,7 @@ person alone leave the machine idle, while those of many people together fill it
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from personalization.stack import AdapterShape, AdapterStack, RowAttention
 
 # Logits of this many tokens (float32, 8k words: 4 MB) stay in the second-level cache.
 _HEAD_ROWS = 128
+_OPEN_BINS = 32
+# Enough rows for the products to run at full speed; more would only push their operands out of the cache.
+PEOPLE_AT_ONCE = 32
 
 
 class InvalidRecipe(ValueError):
@@ -113,12 +116,28 @@ def train(
     people: Sequence[Person],
     recipe: Recipe,
     *,
-    people_at_once: int = 32,
+    people_at_once: int = PEOPLE_AT_ONCE,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> list[Trained]:
-    """Train everyone's adapter; results in the order of `people`. `on_progress` gets the share done, 0 to 1.
+    """Train everyone's adapter; results in the order of `people`. See `train_stacks`."""
+    results: dict[int, Trained] = {}
+    for stack in train_stacks(model, people, recipe, people_at_once=people_at_once, on_progress=on_progress):
+        results.update(stack)
+    return [results[index] for index in range(len(people))]
 
-    At most `people_at_once` share a stack; those with about as many steps are put together.
+
+def train_stacks(
+    model: LoadedModel,
+    people: Sequence[Person],
+    recipe: Recipe,
+    *,
+    people_at_once: int = PEOPLE_AT_ONCE,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Iterator[dict[int, Trained]]:
+    """Train stack after stack; each gives its people's results by their place in `people`.
+
+    At most `people_at_once` share a stack; those with about as many steps are put together. `on_progress`
+    gets the share of all steps done, 0 to 1.
     """
     runs = [_Run(person, plan(person.examples, recipe, person.seed)) for person in people]
     order = sorted(range(len(runs)), key=lambda index: -len(runs[index].steps))
@@ -131,14 +150,10 @@ def train(
         done += steps
         on_progress(min(1.0, done / total))
 
-    results: dict[int, Trained] = {}
     for begin in range(0, len(order), people_at_once):
         chosen = order[begin : begin + people_at_once]
-        for index, trained in zip(
-            chosen, _train_stack(model, shape, [runs[index] for index in chosen], recipe, count), strict=True
-        ):
-            results[index] = trained
-    return [results[index] for index in range(len(runs))]
+        trained = _train_stack(model, shape, [runs[index] for index in chosen], recipe, count)
+        yield dict(zip(chosen, trained, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +192,13 @@ def _cut(example: Example, length: int) -> list[Example]:
 
 
 def _pack(pieces: Sequence[Example], capacity: int) -> list[list[Example]]:
-    """First fit: each piece goes into the first bin with room. Keeps most of the order, fills the bins."""
+    """First fit among the newest bins: keeps most of the order, fills nearly all of each bin."""
     bins: list[list[Example]] = []
     rooms: list[int] = []
     for piece in pieces:
         size = len(piece.token_ids)
-        index = next((index for index, room in enumerate(rooms) if size <= room), len(bins))
+        oldest_open = max(0, len(bins) - _OPEN_BINS)
+        index = next((at for at in range(oldest_open, len(bins)) if size <= rooms[at]), len(bins))
         if index == len(bins):
             bins.append([])
             rooms.append(capacity)

@@ -72,6 +72,9 @@ class Generation:
             if len(self._writing.tokens) >= plan.max_tokens:  # taken over after its last token
                 yield self._ended("length")
                 return
+            if not self._engine.connected and not await self._engine_back():
+                yield self._stopped_waiting()
+                return
             try:
                 async with contextlib.aclosing(self._attempt()) as events:
                     async for event in events:
@@ -83,9 +86,7 @@ class Generation:
                     return
                 yield await self._fall_back()
             except EngineLost:
-                if not await self._engine_back():
-                    yield self._stopped_waiting()
-                    return
+                log.warning("the engine was lost during a reply", response_id=self._reply.id)
                 self._metrics.resubmitted.inc()
 
     def stopped_here(self) -> FinishedEvent:
@@ -157,7 +158,6 @@ class Generation:
 
     async def _engine_back(self) -> bool:
         """Wait for the engine's next life; False when asked to stop or out of patience."""
-        log.warning("the engine was lost during a reply", response_id=self._reply.id)
         deadline = self._clock() + self._patience_s
         while not self._engine.connected:
             if self._reply.cancelled.is_set() or self._clock() >= deadline:

@@ -25,6 +25,7 @@ from service.errors import BadRequest, Conflict, ContextTooLong, ModelNotFound, 
 from service.generation import FellBack, Generation
 from service.input import Said, brought_turns, checked_turn
 from service.metrics import Metrics
+from service.pen import Pen
 from service.protocol import CreateChatCompletion, CreateResponse, ModelName, parse_model
 from service.replies import Plan, Replies, Reply, fingerprint
 from service.store_health import StoreHealth
@@ -202,24 +203,24 @@ class Session:
         self, generation: Generation, writing: Writing, reply: Reply, replies: Replies
     ) -> FinishedEvent:
         """Tokens into the log, until the engine has said why it stopped or a stop string was written."""
-        async with aclosing(generation.events()) as events:
-            async for event in events:
-                if writing.stopped:
-                    break
-                if isinstance(event, FinishedEvent):
-                    writing.finish()
-                elif isinstance(event, FellBack):
-                    await replies.write(reply, writing.served_by(event.version, event.notice))
-                else:
-                    writing.hear(event.token_ids)
-                said, tokens = writing.take()
-                if said:
-                    await replies.write(reply, said, tokens)
-                if isinstance(event, FinishedEvent):
-                    return event
-                if writing.stopped:
-                    break
-        return generation.stopped_here()
+        finished = generation.stopped_here()  # of a reply taken over after its stop string
+        async with Pen(replies, reply, writing) as pen, aclosing(generation.events()) as events:
+            if not writing.stopped:
+                async for event in events:
+                    if isinstance(event, FinishedEvent):
+                        finished = event
+                        writing.finish()
+                    elif isinstance(event, FellBack):
+                        await pen.lift()
+                        await replies.write(reply, writing.served_by(event.version, event.notice))
+                    else:
+                        writing.hear(event.token_ids)
+                        pen.touch()
+                    if writing.stopped:
+                        finished = generation.stopped_here()
+                        break
+            await pen.lift()
+        return finished
 
     async def _maybe_refresh(self, user: str) -> None:
         """Ask for a refresh once enough was said that no refresh has seen. It never costs the reply."""
@@ -407,7 +408,7 @@ def _settled(turns: Sequence[Turn]) -> list[Turn]:
     """The turns without replies that were asked for again: of our replies in a row, the last one counts."""
     return [
         turn
-        for turn, after in zip(turns, [*turns[1:], None], strict=True)
+        for turn, after in zip(turns, [*turns[1:], None], strict=False)
         if not (
             _ours(turn) and after is not None and _ours(after) and after.conversation == turn.conversation
         )

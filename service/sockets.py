@@ -7,7 +7,7 @@ of its replies."""
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,11 +125,10 @@ class Socket:
         services = self.services
         services.metrics.sockets.inc()
         services.sockets.add(self)
-        tasks = [
-            asyncio.create_task(work(), name=f"socket {work.__name__}")
-            for work in (self._read, self._act, self._write, self._grow_old, self._watch_outbox)
-        ]
+        tasks = self._start(self._read, self._write, self._watch_outbox)
         try:
+            await self._greet()
+            tasks += self._start(self._act, self._grow_old)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             await self._end(done)
         finally:
@@ -139,6 +138,9 @@ class Socket:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, *works: Callable[[], Coroutine[Any, Any, None]]) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(work(), name=f"socket {work.__name__}") for work in works]
 
     def push(self, event: Any) -> None:
         """An event of ours that nobody asked for; plain Responses sockets do not get those."""
@@ -234,7 +236,6 @@ class Socket:
 
     async def _act(self) -> None:
         """Messages one after the other, in the order they came; the reader does not wait for this."""
-        await self._greet()
         while True:
             while self._inbox:
                 await self._handle(self._inbox.popleft())

@@ -1,5 +1,7 @@
 """Frames and messages: what is understood, what is refused, and how."""
 
+import contextlib
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -176,15 +178,15 @@ def test_a_frame_beyond_the_limit_is_too_big() -> None:
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_an_object_or_malformed(frame: bytes) -> None:
-    try:
+    with contextlib.suppress(MalformedFrame):
         assert isinstance(Codec(MSGPACK).decode(frame), dict)
-    except MalformedFrame:
-        pass
 
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text("a/é\n", max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("a/é\n", max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("a/é\n", max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 _types = st.sampled_from(["response.create", "response.resume", "feedback.create", "ping", "?"])
@@ -192,10 +194,8 @@ _types = st.sampled_from(["response.create", "response.resume", "feedback.create
 
 @given(_types, st.dictionaries(st.sampled_from(["input", "seed", "event_id", "model", "item_id"]), _json))
 def test_any_object_is_an_event_or_a_named_error(kind: str, fields: dict[str, object]) -> None:
-    try:
-        read_event({**fields, "type": kind})
-    except UnreadableEvent as error:
-        assert error.message
+    with contextlib.suppress(UnreadableEvent):
+        assert read_event({**fields, "type": kind}).__struct_config__.tag == kind
 
 
 def test_a_body_that_is_not_json_or_has_a_wrong_field_is_a_bad_request() -> None:

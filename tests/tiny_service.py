@@ -1,8 +1,7 @@
 """A whole service around a tiny random model: real engine, real Redis, real uvicorn, all on this machine.
 
-The model writes printable ASCII and never ends a reply by itself, so a reply is as long as it was asked to be.
-Its text depends on the adapter, the prompt and the seed alone.
-"""
+The model writes printable ASCII and never ends a reply by itself, so a reply is as long as it was asked to
+be. Its text depends on the adapter, the prompt and the seed alone."""
 
 import asyncio
 import json
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from openai import AsyncOpenAI
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.adapter_files import LoraModule, LoraWeights, version_folder, write_adapter
@@ -28,8 +27,9 @@ from engine.server import serve as serve_engine
 from engine.weights import LoadedModel, load_model
 from personalization.prompt import Renderer
 from personalization.store import Store, VersionRecord
+from service.app import Gateway, GatewayDeps, GatewayOptions, build_app
 from service.auth import allowed_origins
-from service.gateway import Gateway, GatewayDeps, GatewayOptions, Server, build_app, server_config
+from service.gateway import Server, server_config
 from service.limits import Limits
 from service.replies import Patience
 from service.session import SessionOptions
@@ -56,28 +56,52 @@ def save_tiny_model(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"chat_template": TEMPLATE, "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=tokenizer.token_to_id("<|end|>"),
-        bos_token_id=None,
-    )
-    torch.manual_seed(5)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    hidden, ffn, layers, vocab = 32, 64, 2, tokenizer.get_vocab_size()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.token_to_id("<|end|>"),
+        "bos_token_id": None,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int, size: float = 0.3) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * size
+
     printable = [tokenizer.token_to_id("Ġ" if c == " " else c) for c in string.ascii_letters + " .,"]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.9 if "lm_head" in name else 0.3)
-        unprintable = torch.ones(config.vocab_size, dtype=torch.bool)
-        unprintable[printable] = False
-        model.lm_head.weight[unprintable] = 0.0  # a logit of 0 among logits of ±5: as good as never
-    model.save_pretrained(folder)
+    head = torch.zeros(vocab, hidden)  # a logit of 0 among logits of ±5: as good as never written
+    head[printable] = random(len(printable), hidden, size=0.9)
+    weights = {
+        "model.embed_tokens.weight": random(vocab, hidden),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": head,
+    }
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden // 2, hidden),
+        "self_attn.v_proj": (hidden // 2, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    for layer in range(layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden)
+        for name, shape in shapes.items():
+            weights[f"model.layers.{layer}.{name}.weight"] = random(*shape)
+    save_file(weights, folder / "model.safetensors")
 
 
 def random_adapter(model: LoadedModel, seed: int) -> LoraWeights:
@@ -128,6 +152,12 @@ class EngineProcess:
         if not ready.is_set():
             waiting.cancel()
             await self._task
+
+    async def check(self) -> None:
+        """Every page is where the books say, once nothing runs."""
+        if self._task is not None and not self._task.done():
+            async with await EngineClient.connect(self.socket) as client:
+                await client.check_integrity()
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -215,6 +245,7 @@ class TinyService:
         patience: Patience = FAST,
         demo_hours: float | None = None,
         store: Store | None = None,
+        server: dict[str, Any] | None = None,
         **deps: Any,
     ) -> AsyncIterator[Running]:
         calls = Calls()
@@ -256,13 +287,13 @@ class TinyService:
                 **deps,
             )
         )
-        server = Server(server_config(app, host="127.0.0.1", port=0))
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
+        web = Server(server_config(app, host="127.0.0.1", port=0, **(server or {})))
+        serving = asyncio.create_task(web.serve())
+        while not web.started:
             assert not serving.done(), serving.exception()
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        running = Running(app.state.gateway, server, port, calls)
+        port = web.servers[0].sockets[0].getsockname()[1]
+        running = Running(app.state.gateway, web, port, calls)
         auth = running.gateway.auth
         auth._origins = allowed_origins("127.0.0.1", port)  # known only now
         try:
@@ -270,7 +301,7 @@ class TinyService:
         finally:
             for each in running.clients:
                 await each.close()
-            server.should_exit = True
+            web.should_exit = True
             await serving
             await client.close()
 
