@@ -76,7 +76,7 @@ class GatewayDeps:
     renderer: Renderer
     options: GatewayOptions
     refresh: Callable[[str, str], Awaitable[dict[str, Any]]]
-    rollback: Callable[[str, int], Awaitable[None]]
+    rollback: Callable[[str, int], Awaitable[int]]
     forget: Callable[[str], Awaitable[dict[str, Any]]]
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex

@@ -1,5 +1,4 @@
 """What a chat survives: a gateway, an engine or a Redis that dies, a bad adapter, a client that sleeps."""
-reading."""
 
 import asyncio
 import json

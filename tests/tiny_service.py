@@ -255,8 +255,9 @@ class TinyService:
             calls.refreshes.append((user, reason))
             return {"job_id": f"job-{len(calls.refreshes)}", "state": "queued"}
 
-        async def rollback(user: str, version: int) -> None:
+        async def rollback(user: str, version: int) -> int:
             calls.rollbacks.append((user, version))
+            return (await self.store.pointer(user)).version
 
         async def forget(user: str) -> dict[str, Any]:
             calls.forgotten.append(user)
