@@ -1,8 +1,8 @@
 """Two hundred people with two hundred adapters, at once, through the whole service.
 
-Every person gets an adapter of their own (rank 8, all linear modules) and a question of their own. First each
-asks alone, then all ask together over a WebSocket each; a reply is right when it is word for word the reply that
-the same person got alone. At the end the engine proves its books.
+Every person gets an adapter of their own (rank 8, all linear modules) and a question of their own. First
+each asks alone, then all ask together over a WebSocket each; a reply is right when it is word for word the
+reply that the same person got alone. At the end the engine proves its books.
 
     python -m benchmarks.bench_service [--people 200] [--keep]
 """
@@ -29,7 +29,18 @@ from service.cli import sign
 from service.settings import Settings
 from tests.running_service import RunningService, running_service
 
-TOPICS = ("music", "the weather", "a film", "dinner", "football", "a book", "your job", "a trip", "cats", "space")
+TOPICS = (
+    "music",
+    "the weather",
+    "a film",
+    "dinner",
+    "football",
+    "a book",
+    "your job",
+    "a trip",
+    "cats",
+    "space",
+)
 NEW_TOKENS = 48
 
 
@@ -50,7 +61,9 @@ async def give_adapters(settings: Settings, people: list[str]) -> None:
         await store.close()
 
 
-async def ask(service: RunningService, token: str, question: str, *, store: bool) -> tuple[str, dict[str, Any]]:
+async def ask(
+    service: RunningService, token: str, question: str, *, store: bool
+) -> tuple[str, dict[str, Any]]:
     """One question over a socket of its own; the reply's text and its last event."""
     text, last = "", {}
     async with ChatClient(service.address, token) as client:
@@ -70,7 +83,8 @@ async def measure(service: RunningService, settings: Settings, count: int) -> di
     alone = [(await ask(service, t, q, store=False))[0] for t, q in zip(tokens, questions, strict=True)]
     started = time.perf_counter()
     together = await asyncio.gather(
-        *(ask(service, t, q, store=True) for t, q in zip(tokens, questions, strict=True)), return_exceptions=True
+        *(ask(service, t, q, store=True) for t, q in zip(tokens, questions, strict=True)),
+        return_exceptions=True,
     )
     seconds = time.perf_counter() - started
     good = [each for each in together if not isinstance(each, BaseException) and "response" in each[1]]

@@ -12,7 +12,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) * weight over the last side. x [.., H], weight [H] -> [.., H]."""
     if x.dtype != torch.float32 or torch.is_grad_enabled():
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     mean_square = norm.square_().mul_(1 / x.shape[-1]).add_(eps)
     return (x * mean_square.rsqrt_()).mul_(weight)
 
