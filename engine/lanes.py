@@ -124,7 +124,7 @@ class KvLanes:
         changed = set(slabs)
         stale = {key for key, held in self._held.items() if not changed.isdisjoint(held.blocks)}
         if stale:
-            self._asked = ()
+            self._asked, self._rows = (), ()
             for key in stale:
                 del self._held[key]
 

@@ -3,7 +3,6 @@
 Everything here is a value apart from `Sequence`, which the engine owns and changes as a reply grows.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -222,6 +221,3 @@ class Forgotten:
     host_bytes: int = 0
     kv_blocks: int = 0
     cancelled_requests: int = 0
-
-    def as_dict(self) -> Mapping[str, int]:
-        return {name: getattr(self, name) for name in self.__slots__}

@@ -1,0 +1,364 @@
+"""Who runs in the next step, and with how many tokens. Decides; touches no tensor.
+
+Every step: replies that decode get one token each; the rest of the token budget goes to prompts, in
+chunks; what is left of it admits waiting requests. A request is admitted when the pages for all its
+tokens and for its adapter are there. When a decoding reply needs a page and there is none, the newest
+running request gives up its pages and returns to the queue (its prompt and output so far are computed
+again later), so the oldest always moves on.
+
+The queue is fair between users (Sheng et al., "Fairness in Serving Large Language Models", 2023): each
+user has a counter of tokens served, and the user with the lowest goes first. A user who was away starts
+at the lowest counter of those present, so that absence saves nothing up. Waiting counts against the
+counter, so that nobody waits for ever.
+"""
+
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from engine.adapters import AdapterCache, AdapterUnavailable
+from engine.config import EngineConfig
+from engine.pages import PagePool
+from engine.prefix import PrefixCache
+from engine.request import AdapterRef, Chunk, Sequence
+
+OUTPUT_TOKEN_COST = 2  # an input token costs 1; a decode step moves all weights for one token
+MOST_ABSENT = 1024  # counters of absent users kept before those without debt are dropped
+LOOKAHEAD = 256  # requests looked at, for their adapters, behind those admitted
+
+
+class ArenaExceeded(ValueError):
+    """A request that could not run even alone: it `needs` more slabs than the `total` there are."""
+
+    code = "arena_exceeded"
+
+    def __init__(self, needs: int, total: int) -> None:
+        super().__init__(f"the request needs {needs} slabs of device memory, the arena has {total}")
+        self.needs = needs
+        self.total = total
+
+
+Refusal = AdapterUnavailable | ArenaExceeded
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    chunks: tuple[Chunk, ...]
+    refused: tuple[tuple[Sequence, Refusal], ...]  # out of the queue and of the scheduler
+
+
+@dataclass(slots=True)
+class QueueStats:
+    admitted: int = 0
+    preemptions: int = 0
+    lookup_tokens: int = 0  # of admitted requests
+    hit_tokens: int = 0  # of those, found in the prefix cache
+
+
+class Scheduler:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        blocks: PrefixCache,
+        adapters: AdapterCache,
+        clock: Callable[[], float],
+        *,
+        slab_bytes: int = 1,
+    ) -> None:
+        self.running: list[Sequence] = []  # oldest first
+        self.stats = QueueStats()
+        self._config = config
+        self._pool = pool
+        self._blocks = blocks
+        self._adapters = adapters
+        self._clock = clock
+        self._waiting: dict[str, list[Sequence]] = {}  # by user, each list in the order to be admitted
+        self._num_waiting = 0
+        self._served: dict[str, float] = {}  # by user: tokens, weighted
+        self._present: dict[str, int] = {}  # by user: requests waiting or running
+        self._next_number = 0
+        self._max_running = min(config.max_running, config.max_tokens_per_step)  # each may decode
+        limit = config.max_adapter_bytes_per_step
+        self._max_adapter_slabs = None if limit is None else max(1, limit // slab_bytes)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def waiting(self) -> Iterator[Sequence]:
+        for queue in self._waiting.values():
+            yield from queue
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._blocks.block_size)
+
+    def slabs_for(self, sequence: Sequence) -> int:
+        """Slabs of its K/V when it is complete; the last token is output only and never computed."""
+        return self.blocks_for(sequence.num_prompt + sequence.request.sampling.max_tokens - 1)
+
+    # Coming and going
+
+    def add(self, sequence: Sequence) -> None:
+        request = sequence.request
+        sequence.number = self._next_number
+        self._next_number += 1
+        sequence.arrived_at = self._clock()
+        if request.adapter is not None:
+            sequence.adapter_tier = self._adapters.tier(request.adapter)
+            self._adapters.stats.found[sequence.adapter_tier] += 1
+        self._welcome(request.user_key)
+        self._enqueue(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Finished, failed or cancelled: gives back what it holds."""
+        if sequence in self.running:
+            self._let_go(sequence)
+        else:
+            self._dequeue(sequence)
+        user = sequence.request.user_key
+        self._present[user] -= 1
+        if self._present[user] == 0:
+            del self._present[user]
+
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk has run: its K/V is there, and whole blocks can be found by others."""
+        sequence = chunk.sequence
+        before = sequence.num_computed // self._blocks.block_size
+        sequence.num_computed += chunk.length
+        if self._blocks.enabled:
+            self._extend_keys(sequence, sequence.num_computed)
+            for index in range(before, sequence.num_computed // self._blocks.block_size):
+                self._blocks.register(sequence.block_keys[index], sequence.blocks[index], sequence.labels)
+
+    def charge(self, sequence: Sequence, tokens: float) -> None:
+        self._served[sequence.request.user_key] += tokens
+
+    # A step
+
+    def schedule(self) -> Plan:
+        chunks: list[Chunk] = []
+        decoding = sum(sequence.num_pending == 1 for sequence in self.running)
+        budget = self._config.max_tokens_per_step - decoding
+        for sequence in list(self.running):
+            if not sequence.blocks:
+                continue  # gave way to an older one in this loop
+            length = 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget)
+            if length == 0:
+                continue
+            while not self._has_block_for(sequence, length):
+                if self._preempt_newest() is sequence:
+                    break
+            else:
+                budget -= length if sequence.num_pending > 1 else 0
+                chunks.append(self._chunk(sequence, length))
+        refused = self._admit(chunks, budget)
+        return Plan(tuple(chunks), tuple(refused))
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
+        """Admit waiting requests in fair order while the budget and the pages last; append their chunks.
+
+        A request whose adapter is not ready is passed over. One whose pages are not there is not: it
+        would wait for ever behind smaller ones.
+        """
+        refused: list[tuple[Sequence, Refusal]] = []
+        required: dict[AdapterRef, None] = {}
+        is_open, looked_ahead = True, 0
+        for sequence in self._fair_order():
+            is_open = is_open and budget > 0 and len(self.running) < self._max_running
+            if not is_open:  # only to have the adapters of the next ones read
+                looked_ahead += 1
+                if looked_ahead > LOOKAHEAD:
+                    break
+            adapter = sequence.request.adapter
+            if adapter is not None and not self._adapters.ready(adapter):
+                failure = self._adapters.failure(adapter, sequence.arrived_at)
+                if failure is not None:
+                    refused.append((sequence, failure))
+                else:
+                    required[adapter] = None
+                continue
+            if sequence.adapter_ready_at is None:
+                sequence.adapter_ready_at = self._clock()
+            if is_open:
+                try:
+                    is_open = self._try_admit(sequence)
+                except (AdapterUnavailable, ArenaExceeded) as error:
+                    refused.append((sequence, error))
+                    continue
+                if is_open:
+                    length = min(sequence.num_pending, budget)
+                    budget -= length
+                    chunks.append(self._chunk(sequence, length))
+                    continue
+            if adapter is not None:
+                required[adapter] = None
+        self._adapters.require(required)
+        for sequence, _ in refused:
+            self.remove(sequence)
+        return refused
+
+    def _fair_order(self) -> Iterator[Sequence]:
+        """Waiting requests, the most deserving user's first. Charges made while iterating change what
+        follows.
+        """
+        now = self._clock()
+
+        def rank(user: str, position: int) -> tuple[float, int, str, int]:
+            head = queues[user][position]
+            credit = self._config.ageing_tokens_per_s * (now - head.arrived_at)
+            return (self._served[user] - credit, head.number, user, position)
+
+        queues = {user: list(queue) for user, queue in self._waiting.items()}
+        heap = [rank(user, 0) for user in queues]
+        heapify(heap)
+        while heap:
+            _, _, user, position = heappop(heap)
+            yield queues[user][position]
+            if position + 1 < len(queues[user]):
+                heappush(heap, rank(user, position + 1))
+
+    def _try_admit(self, sequence: Sequence) -> bool:
+        """Take the pages of a waiting request whose adapter is ready, all or none; False if they are not
+        there.
+        """
+        adapter = sequence.request.adapter
+        if adapter is not None:
+            slabs = self._adapters.slabs_of(adapter)
+            if self.slabs_for(sequence) + slabs > self._pool.total:
+                raise ArenaExceeded(self.slabs_for(sequence) + slabs, self._pool.total)
+            if not self._within_adapter_bytes(adapter, slabs):
+                return False
+        found: list[int] = []
+        if self._blocks.enabled:
+            self._extend_keys(sequence, sequence.num_tokens)
+            # One token at least must run, or there would be nothing to sample from.
+            found = self._blocks.match(
+                sequence.block_keys[: (sequence.num_tokens - 1) // self._blocks.block_size]
+            )
+        self._blocks.acquire(found)
+        new_blocks = self.blocks_for(sequence.num_tokens) - len(found)
+        # Each running reply may want a block soon; without this reserve, admitting would only bring on
+        # preemption.
+        reserve = len(self.running)
+        try:
+            taken = self._take(adapter, new_blocks, reserve, sequence)
+        except AdapterUnavailable:
+            self._blocks.release(found)
+            raise
+        if taken is None:
+            self._blocks.release(found)
+            return False
+        sequence.blocks = found + taken
+        sequence.num_computed = len(found) * self._blocks.block_size
+        self._dequeue(sequence)
+        insort(self.running, sequence, key=lambda running: running.number)
+        if sequence.admitted_at is None:
+            sequence.admitted_at = self._clock()
+            sequence.cached_tokens = sequence.num_computed
+            self.charge(sequence, sequence.num_tokens - sequence.num_computed)
+            self.stats.admitted += 1
+            self.stats.lookup_tokens += sequence.num_tokens
+            self.stats.hit_tokens += sequence.num_computed
+        return True
+
+    def _take(
+        self, adapter: AdapterRef | None, new_blocks: int, reserve: int, sequence: Sequence
+    ) -> list[int] | None:
+        """Pin the adapter and allocate the blocks, or neither."""
+        on_device = adapter is not None and self._adapters.slabs_to_place(adapter) == 0
+        if adapter is not None and on_device:
+            sequence.resident = self._adapters.pin(adapter)  # first, or it would count as available
+        to_place = 0 if adapter is None else self._adapters.slabs_to_place(adapter)
+        if self._pool.available < new_blocks + to_place + reserve:
+            if adapter is not None and on_device:
+                self._adapters.unpin(adapter)
+                sequence.resident = None
+            return None
+        if adapter is not None and not on_device:
+            sequence.resident = self._adapters.pin(adapter)
+        taken = self._blocks.allocate(new_blocks)
+        assert taken is not None, "counted as available above"
+        return taken
+
+    def _within_adapter_bytes(self, adapter: AdapterRef, slabs: int) -> bool:
+        if self._max_adapter_slabs is None:
+            return True
+        in_use = {s.request.adapter for s in self.running if s.request.adapter is not None}
+        if not in_use or adapter in in_use:
+            return True
+        return slabs + sum(self._adapters.slabs_of(ref) for ref in in_use) <= self._max_adapter_slabs
+
+    def _has_block_for(self, sequence: Sequence, length: int) -> bool:
+        missing = self.blocks_for(sequence.num_computed + length) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        taken = self._blocks.allocate(missing)
+        if taken is None:
+            return False
+        sequence.blocks.extend(taken)
+        return True
+
+    def _preempt_newest(self) -> Sequence:
+        sequence = self.running[-1]
+        self._let_go(sequence)
+        sequence.num_computed = 0
+        sequence.preemptions += 1
+        self.stats.preemptions += 1
+        self._enqueue(sequence)
+        return sequence
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.release(sequence.blocks)
+        sequence.blocks = []
+        if sequence.request.adapter is not None:
+            self._adapters.unpin(sequence.request.adapter)
+            sequence.resident = None
+
+    def _welcome(self, user: str) -> None:
+        """Count one more request of this user; lift the counter of one who was away to the lowest present."""
+        if user not in self._present:
+            if not self._present:
+                self._served.clear()  # nobody to be fair to: all debts are void
+            floor = min((self._served[other] for other in self._present), default=0.0)
+            if len(self._served) > 2 * len(self._present) + MOST_ABSENT:
+                # Who owes nothing above the floor would be lifted to it anyway.
+                self._served = {u: s for u, s in self._served.items() if s > floor or u in self._present}
+            self._served[user] = max(self._served.get(user, 0.0), floor)
+            self._present[user] = 0
+        self._present[user] += 1
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        queue = self._waiting.setdefault(sequence.request.user_key, [])
+        # What was preempted has begun to answer; it goes before its user's other requests.
+        insort(queue, sequence, key=lambda s: (s.preemptions == 0, -s.request.priority, s.number))
+        self._num_waiting += 1
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        queue = self._waiting[sequence.request.user_key]
+        queue.remove(sequence)
+        self._num_waiting -= 1
+        if not queue:
+            del self._waiting[sequence.request.user_key]
+
+    def _extend_keys(self, sequence: Sequence, upto: int) -> None:
+        if len(sequence.block_keys) < upto // self._blocks.block_size:
+            root = self._blocks.root(sequence.request.adapter)
+            self._blocks.extend_keys(sequence.block_keys, root, sequence.tokens, upto)
+
+    @staticmethod
+    def _chunk(sequence: Sequence, length: int) -> Chunk:
+        start = sequence.num_computed
+        return Chunk(sequence, start, length, wants_token=start + length == sequence.num_tokens)
+
+
+def held(sequences: Iterable[Sequence]) -> tuple[list[list[int]], list[AdapterRef]]:
+    """The block lists and adapters that these sequences hold, for check_integrity."""
+    listed = list(sequences)
+    return (
+        [sequence.blocks for sequence in listed],
+        [s.request.adapter for s in listed if s.resident is not None and s.request.adapter is not None],
+    )

@@ -1,0 +1,100 @@
+"""A person's turns → rows to train on and rows to judge by. Pure: the same turns give the same rows.
+
+The split is by time: the newest part of what can be learned is the gate's and is never trained on. A row is a
+window of whole turns in the order they were said, rendered as serving would; the windows are in order too,
+the newest last. Turns of others stay in a row as context, unlearned.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from personalization.history import Turn, effective, learned
+from personalization.prompt import Example, Renderer
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`train` and `gate` are rows, oldest first; the ids name the turns that are learned in them."""
+
+    train: list[Example]
+    gate: list[Example]
+    train_turns: tuple[str, ...]
+    gate_turns: tuple[str, ...]
+
+
+def split(
+    turns: Sequence[Turn],
+    renderer: Renderer,
+    *,
+    window_tokens: int = 512,
+    train_context_tokens: int = 0,
+    gate_context_tokens: int = 256,
+    gate_fraction: float = 0.1,
+) -> Split:
+    """Rows of at most `window_tokens` tokens. Each begins with up to so many tokens of the turns before it as
+    context. The gate has the newest `gate_fraction` of the learned turns (one at least, if there are two),
+    without those that repeat the words of a trained turn: they would measure memory. A turn longer than a
+    window is a row of its own, cut at its end."""
+    if not 0.0 <= gate_fraction < 1.0:
+        raise ValueError(f"gate_fraction: expected 0 to below 1, got {gate_fraction}")
+    for name, tokens in (("train", train_context_tokens), ("gate", gate_context_tokens)):
+        if not 0 <= tokens < window_tokens:
+            raise ValueError(f"{name}_context_tokens: expected 0 to below {window_tokens}, got {tokens}")
+    said = effective(sorted(turns, key=lambda turn: turn.at))
+    lessons = [place for place, turn in enumerate(said) if learned(turn)]
+    held_out = min(math.ceil(len(lessons) * gate_fraction), len(lessons) - 1) if lessons else 0
+    cut = lessons[len(lessons) - held_out] if held_out else len(said)
+    train = [said[place] for place in lessons if place < cut]
+    known = {_words(turn) for turn in train}
+    gate = [said[place] for place in lessons if place >= cut and _words(said[place]) not in known]
+    return Split(
+        _rows(said, 0, cut, renderer, {turn.id for turn in train}, window_tokens, train_context_tokens),
+        _rows(said, cut, len(said), renderer, {turn.id for turn in gate}, window_tokens, gate_context_tokens),
+        tuple(turn.id for turn in train),
+        tuple(turn.id for turn in gate),
+    )
+
+
+def _rows(
+    said: Sequence[Turn],
+    first: int,
+    past: int,
+    renderer: Renderer,
+    lessons: set[str],
+    window_tokens: int,
+    context_tokens: int,
+) -> list[Example]:
+    """The turns from `first` to before `past`, cut into windows; a window ends with its last turn to learn,
+    and one without any is no row."""
+    costs = [renderer.cost(turn) for turn in said[:past]]
+    room = window_tokens - renderer.frame_cost
+    rows = []
+    while first < past:
+        context = first
+        spare = min(context_tokens, room - costs[first])
+        while context > 0 and costs[context - 1] <= spare:
+            context -= 1
+            spare -= costs[context]
+        used = sum(costs[context : first + 1])
+        end = first + 1
+        while end < past and used + costs[end] <= room:
+            used += costs[end]
+            end += 1
+        here = [place for place in range(first, end) if said[place].id in lessons]
+        if here:
+            example = renderer.example(
+                said[context : here[-1] + 1], _among({said[place].id for place in here})
+            )
+            if any(example.learn_mask[:window_tokens]):
+                rows.append(Example(example.token_ids[:window_tokens], example.learn_mask[:window_tokens]))
+        first = end
+    return rows
+
+
+def _among(ids: set[str]) -> Callable[[Turn], bool]:
+    return lambda turn: turn.id in ids
+
+
+def _words(turn: Turn) -> str:
+    return " ".join(turn.text.casefold().split())

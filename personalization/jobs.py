@@ -1,0 +1,254 @@
+"""The queue of refreshes: one job per person, asked for by the gateway, a command, the night or a history
+that grew. The worker's side is in `worker.py`; this one needs no model and no arithmetic.
+
+Keys beside SAQ's own: `attune:refresh:dead` (list of JSON, newest first), `attune:refresh:counts` (hash).
+"""
+
+import asyncio
+import json
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from saq import Job, Status
+from saq.queue.redis import RedisQueue
+
+from personalization.store import HistoryForgotten, Store, StoreUnavailable
+
+log = structlog.get_logger()
+
+QUEUE = "refresh"
+FUNCTION = "run_refresh"
+DEAD = "attune:refresh:dead"
+COUNTS = "attune:refresh:counts"
+DEAD_KEPT = 1000
+WEEK_S = 7 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class JobPolicy:
+    """SAQ's settings for one refresh, in seconds. `timeout` counts the wait for a batch too."""
+
+    timeout: int = 3600
+    heartbeat: int = 30
+    retries: int = 3
+    retry_delay: float = 2.0
+    retry_backoff: float = 60.0
+    ttl: int = WEEK_S
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """A refresh that is under way: `state` is "queued", or what the earlier request for it has come to."""
+
+    job_id: str
+    state: str
+
+
+def open_queue(redis: Any) -> "RefreshQueue":
+    """The queue of refreshes on this Redis."""
+    return RefreshQueue(redis, name=QUEUE)
+
+
+def job_key(store: Store, user: str) -> str:
+    return f"refresh:{store.adapter_id(user)}"
+
+
+async def request_refresh(
+    queue: "RefreshQueue",
+    store: Store,
+    user: str,
+    reason: str,
+    *,
+    jobs: JobPolicy | None = None,
+    scheduled: int = 0,
+) -> Requested:
+    """Ask for a refresh of `user`; a second request while the first is under way joins it.
+
+    `reason`: asked | turns | nightly. `scheduled`: epoch seconds from when on it may run, 0 for now.
+    """
+    jobs = jobs or JobPolicy()
+    key, job_id = job_key(store, user), uuid.uuid4().hex
+    epoch = (await store.pointer(user)).epoch
+    job = Job(
+        function=FUNCTION,
+        kwargs={"user": user, "reason": reason, "job_id": job_id, "epoch": epoch},
+        key=key,
+        timeout=jobs.timeout,
+        heartbeat=jobs.heartbeat,
+        retries=jobs.retries,
+        retry_delay=jobs.retry_delay,
+        retry_backoff=jobs.retry_backoff,
+        ttl=jobs.ttl,
+        scheduled=scheduled,
+    )
+    if await queue.enqueue(job) is not None:
+        await tell(store, job, {"state": "queued", "progress": 0.0})
+        return Requested(job_id, "queued")
+    earlier = await queue.job(key)
+    newest = await store.progress(user) or {}
+    if earlier is None or earlier.kwargs is None:  # it ended this very moment
+        return Requested(job_id, "queued")
+    earlier_id = str(earlier.kwargs["job_id"])
+    state = str(newest.get("state")) if newest.get("job_id") == earlier_id else "queued"
+    return Requested(earlier_id, state)
+
+
+async def cancel_jobs(queue: "RefreshQueue", store: Store, user: str) -> int:
+    """Take everything the queue has of `user` out of it: waiting, running and finished jobs, dead letters.
+    Returns how many jobs were waiting or running. Forget the person in the store first."""
+    await queue.forget_letters(store.adapter_id(user))
+    return await queue.erase(job_key(store, user))
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """For metrics: jobs waiting, running, later; dead letters; `counts` of ends since the beginning."""
+
+    queued: int
+    active: int
+    scheduled: int
+    dead: int
+    counts: dict[str, int]
+
+
+async def queue_stats(queue: "RefreshQueue") -> QueueStats:
+    queued, active, incomplete = [await queue.count(kind) for kind in ("queued", "active", "incomplete")]
+    counts = await queue.client.hgetall(COUNTS)
+    return QueueStats(
+        queued,
+        active,
+        max(0, incomplete - queued - active),
+        await queue.client.llen(DEAD),
+        {name.decode(): int(count) for name, count in counts.items()},
+    )
+
+
+async def dead_letters(queue: "RefreshQueue") -> list[dict[str, Any]]:
+    """What failed for good, newest first: adapter id, job id, attempts, error, when."""
+    return [json.loads(entry) for entry in await queue.client.lrange(DEAD, 0, -1)]
+
+
+async def tell(store: Store, job: Job, message: dict[str, Any]) -> None:
+    """Publish a refresh's progress to its person. Never fails the refresh: news may be lost."""
+    kwargs = job.kwargs or {}
+    told = {"job_id": kwargs["job_id"], "asked_by": kwargs["reason"], **message}
+    try:
+        await store.publish_progress(kwargs["user"], told, epoch=kwargs["epoch"])
+    except HistoryForgotten:
+        return
+    except StoreUnavailable as error:
+        log.warning("refresh.not_told", reason=error.reason)
+
+
+class RefreshQueue(RedisQueue):
+    """SAQ's queue, with four differences.
+
+    sweep     SAQ's own takes a job for lost that is in the active list without being marked active. Every job
+              is, between leaving the queue and its worker's first word, and a worker that starts sweeps just
+              then; it also waits 5 s for each lost job, one after another. Ours wants to see the same twice.
+    erase     takes a job out whatever its state; what its worker still writes of it is dropped.
+    dequeue   one task at a time blocks on Redis, not one connection for each of a batch's jobs.
+    bury      a job that failed for good becomes a dead letter.
+    """
+
+    def __init__(self, redis: Any, name: str = QUEUE) -> None:
+        super().__init__(redis, name=name)
+        self.client: Any = redis  # redis-py's types say that a call may not be awaitable
+        self._suspects: set[bytes] = set()
+        self._turn_to_wait = asyncio.Lock()
+        self.on_lost: Callable[[Job], Awaitable[None]] | None = None  # a job lost at every attempt
+
+    async def dequeue(self, timeout: float = 0.0, poll_interval: float = 0.0) -> Job | None:
+        async with self._turn_to_wait:
+            try:
+                return await super().dequeue(timeout, poll_interval)
+            except (RedisConnectionError, RedisTimeoutError):
+                await asyncio.sleep(0.5)  # Redis is away; SAQ would ask again at once
+                return None
+
+    async def sweep(self, lock: int = 60, abort: float = 5.0) -> list[str]:
+        """Run lost jobs again, or end them when they were tried often enough. Returns their ids."""
+        if not await self.client.set(self._sweep, 1, ex=max(1, int(lock)), nx=True):
+            return []
+        swept: list[str] = []
+        unmarked: set[bytes] = set()
+        for job_id in await self.client.lrange(self._active, 0, -1):
+            job = await self._get_job_by_id(job_id)
+            marked = job is not None and job.status in (Status.ACTIVE, Status.ABORTING)
+            if not marked and job_id not in self._suspects:
+                unmarked.add(job_id)
+            elif job is None:
+                await self._drop(job_id)
+                swept.append(job_id.decode())
+            elif not marked or job.stuck:
+                await self._revive(job)
+                swept.append(job_id.decode())
+        self._suspects = unmarked
+        return swept
+
+    async def erase(self, key: str) -> int:
+        """Remove a job; returns 1 if it was waiting or running."""
+        return await self._drop(self.job_id(key))
+
+    async def _drop(self, job_id: bytes | str) -> int:
+        async with self.client.pipeline(transaction=True) as pipe:
+            pipe.zrem(self._incomplete, job_id)
+            pipe.lrem(self._queued, 0, job_id)
+            pipe.lrem(self._active, 0, job_id)
+            pipe.delete(job_id)
+            return int((await pipe.execute())[0])
+
+    async def _revive(self, job: Job) -> None:
+        log.warning("refresh.lost", job=job.key, attempts=job.attempts)
+        if job.retryable:
+            await self.retry(job, "the worker was lost")
+        else:
+            await self.finish(job, Status.FAILED, error="the worker was lost at every attempt")
+            await (self.on_lost or self.bury)(job)
+
+    async def bury(self, job: Job) -> None:
+        """Keep a job that failed for good, without anything a person wrote."""
+        kwargs = job.kwargs or {}
+        reason = ((job.error or "").strip().splitlines() or ["unknown"])[-1]
+        letter = {
+            "adapter": job.key.removeprefix("refresh:"),
+            "job_id": kwargs.get("job_id"),
+            "attempts": job.attempts,
+            "error": reason,
+            "at": datetime.now(UTC).isoformat(),
+        }
+        async with self.client.pipeline(transaction=True) as pipe:
+            pipe.lpush(DEAD, json.dumps(letter))
+            pipe.ltrim(DEAD, 0, DEAD_KEPT - 1)
+            pipe.hincrby(COUNTS, "dead", 1)
+            await pipe.execute()
+
+    async def forget_letters(self, adapter_id: str) -> None:
+        for entry in await self.client.lrange(DEAD, 0, -1):
+            if json.loads(entry)["adapter"] == adapter_id:
+                await self.client.lrem(DEAD, 0, entry)
+
+    async def _is_current(self, job: Job) -> bool:
+        """Whether the stored job is this one, not a later one under the same key, and not erased."""
+        stored = await self.job(job.key)
+        return stored is not None and stored.kwargs == job.kwargs
+
+    async def _update(self, job: Job, status: Status | None = None, **kwargs: Any) -> None:
+        if await self._is_current(job):
+            await super()._update(job, status, **kwargs)
+
+    async def _retry(self, job: Job, error: str | None) -> None:
+        if await self._is_current(job):
+            await super()._retry(job, error)
+
+    async def _finish(
+        self, job: Job, status: Status, *, result: Any = None, error: str | None = None
+    ) -> None:
+        if await self._is_current(job):
+            await super()._finish(job, status, result=result, error=error)

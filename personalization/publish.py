@@ -1,0 +1,279 @@
+"""A version comes to life: write aside, fsync, check, rename, then move the pointer by compare-and-set.
+
+A version is whole on disk before anyone can learn its number from the pointer, and it never changes. Of two
+who publish on the same parent the later loses the compare-and-set and takes its folder away again; so does a
+job that began before its person was forgotten. What a crash leaves behind is found and removed by `tidy`.
+
+    <adapter root>/<adapter id>/<version>/      adapter_config.json, adapter_model.safetensors, attune.json
+    <adapter root>/<adapter id>/.aside-*        being written, or being removed
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.adapter_files import AdapterError, LoraWeights, read_adapter, version_folder, write_adapter
+from engine.model import ModelConfig
+from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
+
+META_FILE = "attune.json"
+_ASIDE = ".aside-"
+FREE_BYTES_FLOOR = 256 << 20
+# A folder without a record may be one that somebody is just publishing; after so long it is a leftover.
+LEFTOVER_AFTER_S = 3600.0
+
+
+class PublishError(Exception):
+    """Base of what keeps a version from being published."""
+
+
+class DiskFull(PublishError):
+    """Less room than the floor: `expected` (least) and `got`, in bytes. What serves stays."""
+
+    def __init__(self, expected: int, got: int) -> None:
+        super().__init__(f"expected {expected >> 20} MiB of free disk for a new version, got {got >> 20} MiB")
+        self.expected = expected
+        self.got = got
+
+
+class Superseded(PublishError):
+    """The pointer moved while this version was made: `expected` parent."""
+
+    def __init__(self, expected: int) -> None:
+        super().__init__(f"expected version {expected} to be serving still; another version took its place")
+        self.expected = expected
+
+
+class UnknownVersion(PublishError, LookupError):
+    """No such version to go back to: `version`."""
+
+    def __init__(self, version: int, reason: str) -> None:
+        super().__init__(f"expected a published version, got {version}: {reason}")
+        self.version = version
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a version comes from; attune.json beside the weights. `numbers` are the gate's, `turn_ids` what
+    it learned from, `seed` None for an imported one."""
+
+    base_model: str
+    base_hash: str
+    created_at: datetime
+    reason: str
+    examples: int = 0
+    turn_ids: tuple[str, ...] = ()
+    numbers: dict[str, float] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What `remove_versions` took from the disk."""
+
+    versions: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Where versions are kept and for which model. `free_bytes_floor`: no new version below it."""
+
+    root: Path
+    config: ModelConfig
+    free_bytes_floor: int = FREE_BYTES_FLOOR
+
+
+async def publish(
+    shelf: Shelf, store: Store, user: str, weights: LoraWeights, origin: Origin, parent: Pointer
+) -> int:
+    """Make `weights` the person's next version, if `parent` still serves. Returns its number.
+
+    Raises DiskFull, AdapterError (the weights are not fit to be served), Superseded, HistoryForgotten.
+    """
+    _check_room(shelf)
+    version = await store.next_version(user, epoch=parent.epoch)
+    folder = version_folder(shelf.root, store.adapter_id(user), version)
+    meta = _meta(version, parent.version, origin)
+    await asyncio.to_thread(_place, folder, weights, meta, shelf.config)
+    if not await store.compare_and_set(user, parent.version, version, epoch=parent.epoch):
+        await asyncio.to_thread(_take_away, folder)
+        if (await store.pointer(user)).epoch != parent.epoch:
+            raise HistoryForgotten(user)
+        raise Superseded(parent.version)
+    try:
+        # After the pointer, so that whoever lost leaves no record; `tidy` makes up for a crash right here.
+        await store.add_version(user, _record(version, meta), epoch=parent.epoch)
+    except HistoryForgotten:
+        await asyncio.to_thread(_take_away, folder)
+        raise
+    return version
+
+
+async def note_refusal(store: Store, user: str, origin: Origin, parent: Pointer) -> int:
+    """Keep the numbers of a candidate that the gate refused; it gets a number but no folder."""
+    version = await store.next_version(user, epoch=parent.epoch)
+    meta = _meta(version, parent.version, origin)
+    await store.add_version(user, _record(version, meta, accepted=False), epoch=parent.epoch)
+    return version
+
+
+async def rollback(shelf: Shelf, store: Store, user: str, version: int) -> Pointer:
+    """Let `version` (0: the bare base) serve again; returns the pointer as it was. Raises UnknownVersion,
+    AdapterError, Superseded."""
+    before = await store.pointer(user)
+    if version != 0:
+        record = next((each for each in await store.versions(user) if each.version == version), None)
+        if record is None or not record.accepted:
+            raise UnknownVersion(version, "this person has none of that number that was ever published")
+        folder = version_folder(shelf.root, store.adapter_id(user), version)
+        if not folder.is_dir():
+            raise UnknownVersion(version, "its files are gone")
+        await asyncio.to_thread(read_adapter, folder, shelf.config)
+    if not await store.compare_and_set(user, before.version, version, epoch=before.epoch):
+        raise Superseded(before.version)
+    return before
+
+
+async def import_adapter(
+    shelf: Shelf, store: Store, user: str, folder: Path, *, base_model: str, base_hash: str
+) -> int:
+    """Publish any PEFT LoRA folder as the person's next version; the gate is not asked. Raises AdapterError,
+    DiskFull, Superseded."""
+    parent = await store.pointer(user)
+    weights = await asyncio.to_thread(read_adapter, folder, shelf.config)
+    origin = Origin(base_model, base_hash, datetime.now(UTC), f"imported from {folder.name}")
+    return await publish(shelf, store, user, weights, origin, parent)
+
+
+def remove_versions(root: Path, adapter_id: str) -> Removed:
+    """Take every version of a person from the disk. Forget the person in the store first: a job that still
+    runs finds its epoch old and removes what it wrote since."""
+    folder = version_folder(root, adapter_id, 1).parent
+    if not folder.is_dir():
+        return Removed(0, 0)
+    versions = sum(path.name.isdecimal() for path in folder.iterdir())
+    nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    _take_away(folder)
+    return Removed(versions, nbytes)
+
+
+async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
+    """Remove what crashes left under the adapter root: folders being written, versions without a record,
+    people who are gone. Gives a serving version its record back from attune.json if a crash came between.
+    Returns how many folders were removed."""
+    if not shelf.root.is_dir():
+        return 0
+    before = (time.time() if now is None else now) - LEFTOVER_AFTER_S
+    users = {store.adapter_id(user): user async for user in store.users()}
+    removed = 0
+    for person in sorted(path for path in shelf.root.iterdir() if path.is_dir()):
+        known = await _known_versions(store, users.get(person.name), person)
+        for folder in [*person.iterdir(), person]:
+            keep = any(person.iterdir()) if folder == person else folder.name in known
+            if not keep and _changed_at(folder) < before:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                removed += 1
+    return removed
+
+
+async def _known_versions(store: Store, user: str | None, person: Path) -> set[str]:
+    if user is None:
+        return set()
+    records = {record.version for record in await store.versions(user)}
+    pointer = await store.pointer(user)
+    meta_file = person / str(pointer.version) / META_FILE
+    if pointer.version and pointer.version not in records and meta_file.is_file():
+        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        await store.add_version(user, _record(pointer.version, meta), epoch=pointer.epoch)
+    return {str(version) for version in (*records, pointer.version)}
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # somebody finished with it meanwhile
+        return float("inf")
+
+
+def _check_room(shelf: Shelf) -> None:
+    shelf.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    free = shutil.disk_usage(shelf.root).free
+    if free < shelf.free_bytes_floor:
+        raise DiskFull(shelf.free_bytes_floor, free)
+
+
+def _meta(version: int, parent: int, origin: Origin) -> dict[str, Any]:
+    return {
+        **asdict(origin),
+        "version": version,
+        "parent": parent,
+        "created_at": origin.created_at.isoformat(),
+        "turn_ids": list(origin.turn_ids),
+    }
+
+
+def _record(version: int, meta: dict[str, Any], *, accepted: bool = True) -> VersionRecord:
+    return VersionRecord(
+        version=version,
+        parent=meta["parent"],
+        created_at=datetime.fromisoformat(meta["created_at"]),
+        accepted=accepted,
+        reason=meta["reason"],
+        numbers=meta["numbers"],
+        examples=meta["examples"],
+        turn_ids=tuple(meta["turn_ids"]),
+    )
+
+
+def _place(folder: Path, weights: LoraWeights, meta: dict[str, Any], config: ModelConfig) -> None:
+    """Write a version beside its place, make sure of it, and rename it there."""
+    aside = folder.parent / f"{_ASIDE}{uuid.uuid4().hex}"
+    aside.mkdir(mode=0o700, parents=True)
+    try:
+        write_adapter(aside, weights, config, base_model=meta["base_model"], dtype=torch.float32)
+        text = json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (aside / META_FILE).write_text(text, encoding="utf-8")
+        read_adapter(aside, config)  # what the engine will do: NaN, shapes and names are found here
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        aside.rename(folder)
+        for path in (folder.parent, folder.parent.parent):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _take_away(folder: Path) -> None:
+    """Remove a folder so that no reader ever sees half of it: first it loses its name."""
+    aside = folder.parent / f"{_ASIDE}{uuid.uuid4().hex}"
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:  # forgotten in the meantime
+        return
+    shutil.rmtree(aside)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__: Sequence[str] = [
+    "AdapterError", "DiskFull", "Origin", "PublishError", "Removed", "Shelf", "Superseded", "UnknownVersion",
+    "import_adapter", "note_refusal", "publish", "remove_versions", "rollback", "tidy",
+]  # fmt: skip

@@ -1,0 +1,296 @@
+"""One refresh, from a person's turns to the version that answers next:
+store → examples → train → gate → publish.
+
+Many people share one training batch. Each one's end is their own: a history that cannot be read or a full
+disk fails that person and nobody else.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
+
+from engine.adapter_files import version_folder
+from personalization.examples import split
+from personalization.gate import GatePolicy
+from personalization.history import Turn, learned
+from personalization.prompt import Example, Renderer
+from personalization.publish import Origin, Shelf, Superseded, note_refusal, publish
+from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
+from personalization.train import Recipe
+from personalization.trainer import Judged, Judging, Progress, Task, Trainer
+
+_Result = TypeVar("_Result")
+
+# (user, message): what a refresh has to say of one person, a state of the wire and its fields.
+Say = Callable[[str, dict[str, Any]], Awaitable[None]]
+End = Callable[["Outcome"], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshPolicy:
+    """When and how to learn. Turns are learned turns.
+
+    minimum_turns   before that many there is no adapter: context alone serves better
+    auto_after      new turns that start a refresh by themselves; 0: never
+    gate_fraction   of the newest turns, held out for the gate
+    gate_tokens     of a gate row, most of it the context before the turns that are judged
+    row_tokens      most tokens of a training row
+    replay          tokens of older turns trained with each token of new ones, when a version is carried on
+    """
+
+    minimum_turns: int = 50
+    auto_after: int = 50
+    gate_fraction: float = 0.1
+    gate_tokens: int = 1024
+    row_tokens: int = 64
+    replay: float = 1.0
+    recipe: Recipe = field(default_factory=Recipe)
+    gate: GatePolicy = field(default_factory=GatePolicy)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one person's refresh ended. `error`: it may go better next time; everything else is final."""
+
+    user: str
+    state: str  # completed | failed | forgotten
+    published: bool = False
+    before: int = 0
+    after: int = 0
+    reason: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+    code: str | None = None
+    error: Exception | None = None
+
+    def message(self) -> dict[str, Any]:
+        """The outcome as it is told."""
+        if self.state == "completed":
+            return {
+                "state": "completed",
+                "progress": 1.0,
+                "from": self.before,
+                "to": self.after,
+                "published": self.published,
+                "numbers": self.numbers,
+                "reason": self.reason,
+            }
+        return {"state": "failed", "code": self.code, "message": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """What a refresh works with."""
+
+    store: Store
+    shelf: Shelf
+    renderer: Renderer
+    trainer: Trainer
+    policy: RefreshPolicy
+    model_name: str
+    clock: Callable[[], datetime]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    user: str
+    pointer: Pointer
+    task: Task
+    trained_turns: tuple[str, ...]
+    all_turns: tuple[str, ...]
+
+
+async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: bool = False) -> None:
+    """Refresh everyone in `users`, in one batch. `say` gets progress, `end` each person's outcome as soon as
+    it is there. `alone`: no two in one stack.
+
+    Raises TrainerDied when the batch broke off; those who have not come to an end then were not changed.
+    """
+    prepared: dict[str, _Prepared] = {}
+    for user in users:
+        got = await _attempt(user, _prepare(user, kit))
+        if isinstance(got, Outcome):
+            await end(got)
+        else:
+            prepared[got.task.id] = got
+            await say(user, {"state": "training", "progress": 0.0})
+    if not prepared:
+        return
+
+    waiting = dict(prepared)
+    tasks = [each.task for each in prepared.values()]
+    batch = kit.trainer.run(tasks, kit.policy.recipe, kit.policy.gate, people_at_once=1 if alone else None)
+    async with aclosing(batch):
+        async for event in batch:
+            if isinstance(event, Progress):
+                for each in waiting.values():
+                    await say(each.user, {"state": "training", "progress": round(event.share, 3)})
+            elif isinstance(event, Judging):
+                for task_id in event.ids:
+                    await say(prepared[task_id].user, {"state": "gating", "progress": 1.0})
+            else:
+                each = waiting.pop(event.id)
+                await end(await _attempt(each.user, _conclude(each, event, kit)))
+
+
+async def _attempt(user: str, work: Awaitable[_Result]) -> _Result | Outcome:
+    """Do one person's part of the work; what goes wrong is theirs alone."""
+    try:
+        return await work
+    except HistoryForgotten:
+        return Outcome(user, "forgotten", reason="forgotten", code="forgotten")
+    except Exception as error:
+        return Outcome(user, "failed", reason=str(error), code="refresh_failed", error=error)
+
+
+async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
+    """What there is to learn for one person, or why nothing is learned now."""
+    pointer = await kit.store.pointer(user)
+    turns = await kit.store.turns(user)
+    records = await kit.store.versions(user)
+    lesson = await asyncio.to_thread(choose, turns, records, pointer.version, kit.renderer, kit.policy)
+    found, needed = len(lesson.all_turns), kit.policy.minimum_turns
+    if found < needed:
+        return Outcome(
+            user,
+            "failed",
+            before=pointer.version,
+            after=pointer.version,
+            reason=f"not enough turns yet: {found} of {needed} to learn from",
+            code="not_enough_turns",
+        )
+    if not lesson.train:
+        await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
+        return Outcome(
+            user,
+            "completed",
+            before=pointer.version,
+            after=pointer.version,
+            reason=f"nothing new to learn since version {pointer.version}",
+        )
+    adapter_id = kit.store.adapter_id(user)
+    task = Task(
+        id=adapter_id,
+        train=lesson.train,
+        gate=lesson.gate,
+        serving=version_folder(kit.shelf.root, adapter_id, pointer.version) if pointer.version else None,
+        seed=_seed(adapter_id, pointer),
+    )
+    return _Prepared(user, pointer, task, lesson.trained_turns, lesson.all_turns)
+
+
+async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
+    """Publish what the gate accepted, keep the numbers of what it refused."""
+    user, pointer, verdict = prepared.user, prepared.pointer, judged.verdict
+    numbers = judged.numbers | verdict.numbers
+    origin = Origin(
+        base_model=kit.model_name,
+        base_hash=judged.base_hash,
+        created_at=kit.clock(),
+        reason=verdict.reason,
+        examples=len(prepared.task.train),
+        turn_ids=prepared.trained_turns,
+        numbers=numbers,
+        seed=prepared.task.seed,
+    )
+    after, reason = pointer.version, verdict.reason
+    if verdict.accepted:
+        try:
+            after = await publish(kit.shelf, kit.store, user, judged.weights, origin, pointer)
+        except Superseded as error:
+            after, reason = (await kit.store.pointer(user)).version, str(error)
+    else:
+        await note_refusal(kit.store, user, origin, pointer)
+    await kit.store.mark_refreshed(user, prepared.all_turns, epoch=pointer.epoch)
+    return Outcome(
+        user,
+        "completed",
+        published=verdict.accepted and reason == verdict.reason,
+        before=pointer.version,
+        after=after,
+        reason=reason,
+        numbers=numbers,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Rows to train on and to judge by; the turns learned in the first, and all that there are to learn."""
+
+    train: list[Example]
+    gate: list[Example]
+    trained_turns: tuple[str, ...]
+    all_turns: tuple[str, ...]
+
+
+def choose(
+    turns: Sequence[Turn],
+    records: Sequence[VersionRecord],
+    serving: int,
+    renderer: Renderer,
+    policy: RefreshPolicy,
+) -> Lesson:
+    """What the next version learns: all turns that the serving version and its ancestors never saw, and for
+    each token of those `replay` tokens of rows of the older ones, drawn at random. Pure."""
+    gate_tokens = min(policy.gate_tokens, renderer.context_length)
+    whole = split(
+        turns,
+        renderer,
+        window_tokens=gate_tokens,
+        gate_context_tokens=gate_tokens * 3 // 4,
+        gate_fraction=policy.gate_fraction,
+    )
+    old, new = _by_age(turns, set(whole.train_turns), _seen(records, serving))
+    train = _rows(new, renderer, policy)
+    room = policy.replay * sum(len(row.token_ids) for row in train)
+    replayed = _rows(old, renderer, policy) if room else []
+    random.Random(serving).shuffle(replayed)
+    for row in replayed:
+        if room <= 0:
+            break
+        room -= len(row.token_ids)
+        train.append(row)
+    return Lesson(train, whole.gate, whole.train_turns, (*whole.train_turns, *whole.gate_turns))
+
+
+def _seen(records: Sequence[VersionRecord], serving: int) -> set[str]:
+    """The turns that the serving version or one it was carried on from was trained on."""
+    by_version = {record.version: record for record in records}
+    seen: set[str] = set()
+    while (record := by_version.pop(serving, None)) is not None:
+        seen.update(record.turn_ids)
+        serving = record.parent
+    return seen
+
+
+def _by_age(turns: Sequence[Turn], trainable: set[str], seen: set[str]) -> tuple[list[Turn], list[Turn]]:
+    """Trainable turns that were seen and that were not, each with the unlearned turns that follow it, which
+    are its context. Turns held out, and what follows them, are in neither."""
+    old: list[Turn] = []
+    new: list[Turn] = []
+    place: list[Turn] | None = new if not seen else old
+    for turn in sorted(turns, key=lambda turn: turn.at):
+        if learned(turn):
+            if turn.id not in trainable:
+                place = None
+            else:
+                place = old if turn.id in seen else new
+        if place is not None:
+            place.append(turn)
+    return old, new
+
+
+def _rows(turns: Sequence[Turn], renderer: Renderer, policy: RefreshPolicy) -> list[Example]:
+    return split(
+        turns, renderer, window_tokens=policy.row_tokens, gate_context_tokens=0, gate_fraction=0.0
+    ).train
+
+
+def _seed(adapter_id: str, pointer: Pointer) -> int:
+    """The same refresh, run again after a crash, trains the same weights."""
+    named = f"{adapter_id}:{pointer.epoch}:{pointer.version}"
+    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:7], "big")

@@ -1,0 +1,411 @@
+"""The adapters of U people as stacked tensors, and what one optimizer step does with them.
+
+    y[u] += scale * (x[u] @ A[u].T) @ B[u]        x [U, S, in], A [U, kr, in], B [U, kr, out]
+
+One group of fused projections (k modules, rank r) costs two batched products forward and four backward.
+B of a group with several modules is block diagonal: module m reads rows m*r .. (m+1)*r only. The weights that
+are learned hold nothing but the blocks; the product uses a dense copy, whose zeros are never learned.
+
+Person u's rows meet no other person's in any product, so every gradient is exactly that person's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.adapter_files import LoraModule, LoraWeights
+from engine.model import GROUP_MODULES, GROUPS, MODULES, ModelConfig, module_shape
+
+Context = Any  # torch's own type of a Function's context lacks what a Function may do with it
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Where one module's A [r, in] and B [r, out] lie in a person's row, and B's place in its group."""
+
+    module: str
+    a_start: int
+    b_start: int
+    in_features: int
+    out_features: int
+    first_rank_row: int
+    first_column: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One group of one layer. `whole`: it has a single module that fills it, so B needs no dense copy."""
+
+    layer: int
+    group: str
+    blocks: tuple[_Block, ...]
+    rank_rows: int
+    in_features: int
+    out_features: int
+
+    @property
+    def whole(self) -> bool:
+        return len(self.blocks) == 1 and self.blocks[0].out_features == self.out_features
+
+
+class AdapterShape:
+    """How one adapter of rank r on `modules` lies in a flat row of `size` numbers."""
+
+    def __init__(self, config: ModelConfig, modules: Sequence[str], rank: int, alpha: float) -> None:
+        self.config = config
+        self.rank = rank
+        self.scale = alpha / rank
+        self.size = 0
+        self.slots: list[_Slot] = []
+        for layer in range(config.num_layers):
+            for group in GROUPS:
+                slot = self._slot(layer, group, modules)
+                if slot is not None:
+                    self.slots.append(slot)
+
+    def _slot(self, layer: int, group: str, modules: Sequence[str]) -> _Slot | None:
+        chosen = [module for module in GROUP_MODULES[group] if module in modules]
+        if not chosen:
+            return None
+        in_features = module_shape(self.config, chosen[0])[1]
+        b_start = self.size + len(chosen) * self.rank * in_features
+        blocks: list[_Block] = []
+        column = 0
+        for module in GROUP_MODULES[group]:
+            out_features = module_shape(self.config, module)[0]
+            if module in chosen:
+                place = len(blocks) * self.rank
+                a_start = self.size + place * in_features
+                blocks.append(_Block(module, a_start, b_start, in_features, out_features, place, column))
+                b_start += self.rank * out_features
+            column += out_features
+        self.size = b_start
+        return _Slot(layer, group, tuple(blocks), len(chosen) * self.rank, in_features, column)
+
+    def row(self, start: LoraWeights | None, generator: torch.Generator) -> Tensor:
+        """A person's starting row [size]: A uniform within 1/sqrt(in), B zero, or what `start` has of both.
+
+        A module of `start` with another rank is cut to its closest adapter of this rank, or filled up.
+        """
+        given = {} if start is None else {(m.layer, m.module): m for m in start.modules}
+        row = torch.zeros(self.size)
+        for slot in self.slots:
+            for block in slot.blocks:
+                a, b = self._views(row, block)
+                bound = block.in_features**-0.5
+                a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
+                module = given.get((slot.layer, block.module))
+                if module is not None:
+                    fitted_a, fitted_b = _fitted(module, self.rank, self.scale)
+                    a[: fitted_a.shape[0]] = fitted_a
+                    b[: fitted_a.shape[0]] = fitted_b
+        return row
+
+    def weights(self, row: Tensor) -> LoraWeights:
+        """The adapter that lies in `row`, as its own copy."""
+        modules = []
+        for slot in self.slots:
+            for block in slot.blocks:
+                a, b = self._views(row, block)
+                modules.append(
+                    LoraModule(slot.layer, block.module, a.clone(), b.t().contiguous(), self.scale)
+                )
+        modules.sort(key=lambda m: (m.layer, MODULES.index(m.module)))
+        return LoraWeights(tuple(modules))
+
+    def _views(self, row: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
+        """A [.., r, in] and B transposed [.., r, out] inside a row or a stack of rows."""
+        a = row[..., block.a_start : block.a_start + self.rank * block.in_features]
+        b = row[..., block.b_start : block.b_start + self.rank * block.out_features]
+        return _split_last(a, self.rank), _split_last(b, self.rank)
+
+
+def _split_last(x: Tensor, first: int) -> Tensor:
+    """[.., first * n] -> [.., first, n], without a copy."""
+    return x.view(*x.shape[:-1], first, -1)
+
+
+def _fitted(module: LoraModule, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A [<=rank, in] and B transposed [<=rank, out]; scale * B A is as near to the module's as it can be."""
+    a, b = module.a.float(), module.b.float() * (module.scale / scale)
+    if module.rank > rank:
+        # The nearest of a lower rank is the truncated SVD of B A; with QR first, no [out, in] matrix is made.
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.t())
+        left, values, right = torch.linalg.svd(r_b @ r_a.t())
+        root = values[:rank].sqrt()
+        b = q_b @ (left[:, :rank] * root)
+        a = (q_a @ (right[:rank].t() * root)).t()
+    return a, b.t()
+
+
+class AdapterStack:
+    """U rows of weights, their gradients and their Adam moments; the `Lora` that training gives the model.
+
+    Weights and moments are float32. The products run in `dtype`: where it is another, from copies that each
+    update renews. `use(n)` narrows the stack to its first n people, so that those who are done cost nothing.
+    """
+
+    def __init__(
+        self, shape: AdapterShape, rows: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shape = shape
+        self.rows = torch.stack(list(rows)).to(device)  # [U, P]
+        self._first_moment = torch.zeros_like(self.rows)
+        self._second_moment = torch.zeros_like(self.rows)
+        self._gradient = torch.zeros_like(self.rows)
+        self._steps = [torch.zeros((), device=device) for _ in rows]
+        same = dtype == self.rows.dtype
+        self._working = self.rows if same else self.rows.to(dtype)
+        self._working_gradient = self._gradient if same else self._gradient.to(dtype)
+        self._dense = {
+            (slot.layer, slot.group): torch.zeros(
+                len(rows), slot.rank_rows, slot.out_features, dtype=dtype, device=device
+            )
+            for slot in shape.slots
+            if not slot.whole
+        }
+        # The base is frozen and the weights are no autograd leaves (their gradients are written in place), so
+        # one leaf has to stand for them: without it nothing would require a gradient.
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self.use(len(rows))
+
+    def use(self, people: int) -> None:
+        """Work on the first `people` of the stack from now on."""
+        self.people = people
+        self._views: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._gradients: dict[tuple[int, str], tuple[Tensor, list[tuple[slice, slice, Tensor]]]] = {}
+        for slot in self.shape.slots:
+            key = (slot.layer, slot.group)
+            dense = self._dense.get(key)
+            a = self._group_a(self._working, slot)
+            b = dense[:people] if dense is not None else self._parts(self._working, slot)[0][2]
+            self._views[key] = (a, b)
+            self._gradients[key] = (
+                self._group_a(self._working_gradient, slot),
+                self._parts(self._working_gradient, slot),
+            )
+        self._fill_dense()
+
+    def _group_a(self, stack: Tensor, slot: _Slot) -> Tensor:
+        """[U, kr, in]: the A of a group's modules lie one after another."""
+        start = slot.blocks[0].a_start
+        flat = stack[: self.people, start : start + slot.rank_rows * slot.in_features]
+        return _split_last(flat, slot.rank_rows)
+
+    def _parts(self, stack: Tensor, slot: _Slot) -> list[tuple[slice, slice, Tensor]]:
+        """For each module: its rank rows and columns in the group's dense B, and its own B [U, r, out]."""
+        return [
+            (
+                slice(block.first_rank_row, block.first_rank_row + self.shape.rank),
+                slice(block.first_column, block.first_column + block.out_features),
+                self.shape._views(stack[: self.people], block)[1],
+            )
+            for block in slot.blocks
+        ]
+
+    def _fill_dense(self) -> None:
+        for slot in self.shape.slots:
+            dense = self._dense.get((slot.layer, slot.group))
+            if dense is not None:
+                for rank_rows, columns, b in self._parts(self._working, slot):
+                    dense[: self.people, rank_rows, columns] = b
+
+    def __call__(self, layer: int, group: str, x: Tensor, y: Tensor) -> Tensor:
+        """x [U*S, in], y [U*S, out], both grouped by person -> y + delta."""
+        key = (layer, group)
+        if key not in self._views:
+            return y
+        a, b = self._views[key]
+        if not torch.is_grad_enabled():
+            return _add_delta(x, y, a, b, self.shape.scale)[0]
+        grad_a, grad_b = self._gradients[key]
+        out: Tensor = _Delta.apply(x, y, self._anchor, a, b, grad_a, grad_b, self.shape.scale)  # type: ignore[no-untyped-call]
+        return out
+
+    def gradient_norms(self) -> Tensor:
+        """[U]: each person's gradient norm. Call once after backward, before `update`."""
+        if self._working_gradient is not self._gradient:
+            self._gradient[: self.people].copy_(self._working_gradient[: self.people])
+        norms: Tensor = torch.linalg.vector_norm(self._gradient[: self.people], dim=1)
+        return norms
+
+    def update(self, rates: Sequence[float], divide_by: Tensor, betas: tuple[float, float]) -> None:
+        """One AdamW step for each person u with rates[u] > 0, on gradient[u] / divide_by[u].
+
+        Each person has their own rate and step count, which no fused kernel takes as a column; one call per
+        person works on a piece of memory that fits the cache, and is as fast.
+        """
+        for person, rate in enumerate(rates):
+            if rate <= 0:
+                continue
+            self._steps[person] += 1
+            torch._fused_adamw_(
+                [self.rows[person]],
+                [self._gradient[person]],
+                [self._first_moment[person]],
+                [self._second_moment[person]],
+                [],
+                [self._steps[person]],
+                lr=rate,
+                beta1=betas[0],
+                beta2=betas[1],
+                weight_decay=0.0,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divide_by[person],
+            )
+        if self._working is not self.rows:
+            self._working[: self.people].copy_(self.rows[: self.people])
+        self._fill_dense()
+
+
+def _add_delta(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y += scale * (x A^T) B, in place. -> y, x by person, scale * x A^T."""
+    by_person = x.view(a.shape[0], -1, x.shape[-1])
+    shrunk = torch.bmm(by_person, a.mT).mul_(scale)
+    y.view(b.shape[0], -1, y.shape[-1]).baddbmm_(shrunk, b)
+    return y, by_person, shrunk
+
+
+class _Delta(torch.autograd.Function):
+    """`_add_delta` with the gradients of A and B written where the optimizer reads them."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: Tensor,
+        y: Tensor,
+        anchor: Tensor,
+        a: Tensor,
+        b: Tensor,
+        grad_a: Tensor,
+        grad_b: list[tuple[slice, slice, Tensor]],
+        scale: float,
+    ) -> Tensor:
+        y, by_person, shrunk = _add_delta(x, y, a, b, scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(by_person, shrunk, a, b)
+        ctx.grads = (grad_a, grad_b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by_person, shrunk, a, b = ctx.saved_tensors
+        grad_a, grad_b = ctx.grads
+        (grad_y,) = grads
+        grad_out = grad_y.view(b.shape[0], -1, b.shape[2])
+        if len(grad_b) == 1 and grad_b[0][2].shape == b.shape:
+            torch.bmm(shrunk.mT, grad_out, out=grad_b[0][2])
+        else:
+            dense = torch.bmm(shrunk.mT, grad_out)
+            for rank_rows, columns, grad in grad_b:
+                grad.copy_(dense[:, rank_rows, columns])
+        grad_shrunk = torch.bmm(grad_out, b.mT).mul_(ctx.scale)
+        torch.bmm(grad_shrunk.mT, by_person, out=grad_a)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.bmm(grad_shrunk, a).view(-1, a.shape[2])
+        return grad_x, grad_y, None, None, None, None, None, None
+
+
+class RowAttention:
+    """Causal attention inside the examples of each row; the `Attend` that training gives the model.
+
+    segments [U, S]: the number of the example a token belongs to, -1 for padding. Rows are short (tens of
+    tokens), so the plain products over a whole row beat the tiled attention kernels by far.
+    """
+
+    def __init__(self, segments: Tensor, positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._segments, self._positions, self._config = segments, positions, config
+        self._dtype = dtype
+        self._masks: dict[int | None, Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = self._config.window(layer)
+        if window is not None and window >= self._segments.shape[1]:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        mask = self._masks[window]
+        if not torch.is_grad_enabled():
+            return _attend_rows(q, k, v, mask)[0]
+        out: Tensor = _Attend.apply(q, k, v, mask)  # type: ignore[no-untyped-call]
+        return out
+
+    def _mask(self, window: int | None) -> Tensor:
+        """[U, 1, 1, S, S]: 0 where a token sees another, -inf elsewhere; every token sees itself."""
+        length = self._segments.shape[1]
+        at = torch.arange(length, device=self._segments.device)
+        seen = (self._segments[:, :, None] == self._segments[:, None, :]) & (at[:, None] >= at)
+        if window is not None:
+            seen &= self._positions[:, :, None] - self._positions[:, None, :] < window
+        seen |= at[:, None] == at
+        mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        return mask[:, None, None]
+
+
+def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """softmax(q k^T / sqrt(D) + mask) v. q [U*S, Hq, D], k and v [U*S, Hkv, D], mask [U, 1, 1, S, S].
+
+    The query heads that share a K/V head are folded into one tall product.
+    -> [U*S, Hq, D], and what backward needs.
+    """
+    people, length = mask.shape[0], mask.shape[-1]
+    kv_heads, dim = k.shape[1], k.shape[2]
+    folded_q = _fold(q, people, kv_heads)
+    folded_k, folded_v = _fold(k, people, kv_heads), _fold(v, people, kv_heads)
+    scores = torch.bmm(folded_q, folded_k.mT)  # [U*Hkv, G*S, S]
+    scores.view(people, kv_heads, -1, length, length).mul_(dim**-0.5).add_(mask)
+    weights = torch.softmax(scores, -1)
+    out = _unfold(torch.bmm(weights, folded_v), people, length)
+    return out, (folded_q, folded_k, folded_v, weights)
+
+
+def _fold(x: Tensor, people: int, kv_heads: int) -> Tensor:
+    """[U*S, H, D] -> [U*Hkv, (H/Hkv)*S, D]."""
+    groups = x.shape[1] // kv_heads
+    heads = x.view(people, -1, kv_heads, groups, x.shape[-1])
+    return heads.permute(0, 2, 3, 1, 4).reshape(people * kv_heads, -1, x.shape[-1])
+
+
+def _unfold(x: Tensor, people: int, length: int) -> Tensor:
+    """[U*Hkv, G*S, D] -> [U*S, Hkv*G, D]."""
+    heads = x.view(people, -1, length, x.shape[-1])  # [U, Hkv*G, S, D]
+    return heads.transpose(1, 2).reshape(people * length, -1, x.shape[-1])
+
+
+class _Attend(torch.autograd.Function):
+    """`_attend_rows` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out, saved = _attend_rows(q, k, v, mask)
+        ctx.save_for_backward(*saved)
+        ctx.rows = (mask.shape[0], mask.shape[-1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        people, length = ctx.rows
+        kv_heads, dim = k.shape[0] // people, k.shape[-1]
+        grad_out = _fold(grads[0], people, kv_heads)
+        grad_v = torch.bmm(weights.mT, grad_out)
+        grad_weights = torch.bmm(grad_out, v.mT)
+        # dS = P * (dP - sum(dP * P)); the row sums equal the rows' sum(dO * O), but P is at hand.
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(dim**-0.5)
+        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q)
+        return (
+            _unfold(grad_q, people, length),
+            _unfold(grad_k, people, length),
+            _unfold(grad_v, people, length),
+            None,
+        )

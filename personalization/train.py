@@ -1,0 +1,387 @@
+"""Train the adapters of many people at once, over one frozen base.
+
+Each person has their own examples, seed, learning rate, steps and end; the stack only shares the work. A run
+of one person alone and of the same person in a stack of others compute the same thing, up to rounding.
+
+A step is small on purpose (tens of tokens): LoRA takes large batches badly, and many small steps of one
+person alone leave the machine idle, while those of many people together fill it.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.adapter_files import LoraWeights
+from engine.model import MODULES, Decoder
+from engine.weights import LoadedModel
+from personalization.prompt import Example
+from personalization.score import token_losses
+from personalization.stack import AdapterShape, AdapterStack, RowAttention
+
+# Logits of this many tokens (float32, 8k words: 4 MB) stay in the second-level cache.
+_HEAD_ROWS = 128
+_OPEN_BINS = 32
+# Enough rows for the products to run at full speed; more would only push their operands out of the cache.
+PEOPLE_AT_ONCE = 32
+
+
+class InvalidRecipe(ValueError):
+    """A recipe's value is out of range: `field`, `expected`, `got`."""
+
+    def __init__(self, field: str, expected: str, got: object) -> None:
+        super().__init__(f"{field}: expected {expected}, got {got!r}")
+        self.field = field
+        self.expected = expected
+        self.got = got
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How an adapter is trained. `tokens_per_step` counts the tokens of one person in one optimizer step;
+    the rate climbs over the first `warmup` share of a person's steps and falls to zero at their last."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    modules: tuple[str, ...] = MODULES
+    learning_rate: float = 2e-3
+    epochs: int = 3
+    tokens_per_step: int = 64
+    warmup: float = 0.1
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        checks: list[tuple[str, bool, str]] = [
+            ("rank", 1 <= self.rank <= 256, "1 to 256"),
+            ("alpha", 0 < self.alpha < math.inf, "a positive number"),
+            ("modules", bool(self.modules) and set(self.modules) <= set(MODULES), f"some of {MODULES}"),
+            ("learning_rate", 0 < self.learning_rate < 1, "between 0 and 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("tokens_per_step", self.tokens_per_step >= 2, "at least 2"),
+            ("warmup", 0 <= self.warmup < 1, "0 to 1"),
+            ("clip", self.clip > 0, "a positive number"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "0 to 1"),
+        ]
+        for name, valid, expected in checks:
+            if not valid:
+                raise InvalidRecipe(name, expected, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Whose adapter to train: what to learn from, where to start (None: from nothing), the seed of it all.
+
+    With `watch`, the loss on these examples is taken after each epoch; training stops when it got worse, and
+    the best epoch's weights are kept.
+    """
+
+    examples: Sequence[Example]
+    seed: int
+    start: LoraWeights | None = None
+    watch: Sequence[Example] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of it. Losses are nats per learned token, means over the first and the last epoch, NaN
+    without steps. `error`: why training broke off; the weights are those before that step."""
+
+    weights: LoraWeights
+    steps: int
+    tokens: int
+    first_loss: float
+    last_loss: float
+    error: str | None = None
+
+
+def best_dtype(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware, float32 elsewhere."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return torch.float32
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(flags) else torch.float32
+
+
+def train(
+    model: LoadedModel,
+    people: Sequence[Person],
+    recipe: Recipe,
+    *,
+    people_at_once: int = PEOPLE_AT_ONCE,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> list[Trained]:
+    """Train everyone's adapter; results in the order of `people`. See `train_stacks`."""
+    results: dict[int, Trained] = {}
+    for stack in train_stacks(model, people, recipe, people_at_once=people_at_once, on_progress=on_progress):
+        results.update(stack)
+    return [results[index] for index in range(len(people))]
+
+
+def train_stacks(
+    model: LoadedModel,
+    people: Sequence[Person],
+    recipe: Recipe,
+    *,
+    people_at_once: int = PEOPLE_AT_ONCE,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Iterator[dict[int, Trained]]:
+    """Train stack after stack; each gives its people's results by their place in `people`.
+
+    At most `people_at_once` share a stack; those with about as many steps are put together. `on_progress`
+    gets the share of all steps done, 0 to 1.
+    """
+    runs = [_Run(person, plan(person.examples, recipe, person.seed)) for person in people]
+    order = sorted(range(len(runs)), key=lambda index: -len(runs[index].steps))
+    shape = AdapterShape(model.config, recipe.modules, recipe.rank, recipe.alpha)
+    total = sum(len(run.steps) for run in runs) or 1
+    done = 0
+
+    def count(steps: int) -> None:
+        nonlocal done
+        done += steps
+        on_progress(min(1.0, done / total))
+
+    for begin in range(0, len(order), people_at_once):
+        chosen = order[begin : begin + people_at_once]
+        trained = _train_stack(model, shape, [runs[index] for index in chosen], recipe, count)
+        yield dict(zip(chosen, trained, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One person's share of one optimizer step: whole examples, together at most `tokens_per_step` tokens."""
+
+    examples: tuple[Example, ...]
+    epoch: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.token_ids) for example in self.examples)
+
+
+def plan(examples: Sequence[Example], recipe: Recipe, seed: int) -> list[Step]:
+    """Every step of a person's run. Each epoch sees every example once, in a new order; an example longer
+    than a step is cut. Depends on nothing but its arguments, so company changes nothing."""
+    pieces = [piece for example in examples for piece in _cut(example, recipe.tokens_per_step)]
+    shuffle = random.Random(seed)
+    steps: list[Step] = []
+    for epoch in range(recipe.epochs):
+        shuffle.shuffle(pieces)
+        steps += [Step(tuple(bin), epoch) for bin in _pack(pieces, recipe.tokens_per_step)]
+    return steps
+
+
+def _cut(example: Example, length: int) -> list[Example]:
+    """Pieces of at most `length` tokens that have something to learn (the first token of a piece has no
+    token before it, so it cannot be learned)."""
+    pieces = []
+    for begin in range(0, len(example.token_ids), length):
+        end = begin + length
+        if any(example.learn_mask[begin + 1 : end]):
+            pieces.append(Example(example.token_ids[begin:end], example.learn_mask[begin:end]))
+    return pieces
+
+
+def _pack(pieces: Sequence[Example], capacity: int) -> list[list[Example]]:
+    """First fit among the newest bins: keeps most of the order, fills nearly all of each bin."""
+    bins: list[list[Example]] = []
+    rooms: list[int] = []
+    for piece in pieces:
+        size = len(piece.token_ids)
+        oldest_open = max(0, len(bins) - _OPEN_BINS)
+        index = next((at for at in range(oldest_open, len(bins)) if size <= rooms[at]), len(bins))
+        if index == len(bins):
+            bins.append([])
+            rooms.append(capacity)
+        bins[index].append(piece)
+        rooms[index] -= size
+    return bins
+
+
+@dataclass(slots=True)
+class _Run:
+    """One person's way through their steps."""
+
+    person: Person
+    steps: list[Step]
+    taken: int = 0
+    tokens: int = 0
+    losses: dict[int, list[tuple[float, int]]] = field(default_factory=dict)  # epoch -> (sum, learned tokens)
+    stopped: bool = False
+    error: str | None = None
+    best_watched: float = math.inf
+    best_row: Tensor | None = None
+
+    def epoch_ended(self) -> bool:
+        return (
+            self.taken == len(self.steps) or self.steps[self.taken].epoch > self.steps[self.taken - 1].epoch
+        )
+
+    def result(self, shape: AdapterShape, row: Tensor) -> Trained:
+        means = [
+            sum(total for total, _ in losses) / sum(count for _, count in losses)
+            for _, losses in sorted(self.losses.items())
+        ] or [math.nan]
+        weights = shape.weights((row if self.best_row is None else self.best_row).cpu())
+        return Trained(weights, self.taken, self.tokens, means[0], means[-1], self.error)
+
+
+def _train_stack(
+    model: LoadedModel,
+    shape: AdapterShape,
+    runs: Sequence[_Run],
+    recipe: Recipe,
+    count: Callable[[int], None],
+) -> list[Trained]:
+    """Train `runs`, longest first, in one stack."""
+    decoder = model.decoder
+    device, dtype = decoder.embed.device, decoder.embed.dtype
+    rows = [shape.row(run.person.start, torch.Generator().manual_seed(run.person.seed)) for run in runs]
+    stack = AdapterStack(shape, rows, dtype, device)
+    step = 0
+    while True:
+        # Longest first: whoever has steps left stands before everyone who has none.
+        active = sum(len(run.steps) > step for run in runs)
+        working = [run for run in runs[:active] if not run.stopped]
+        if not working:
+            break
+        if active < stack.people:
+            stack.use(active)
+        batch = _Batch.of([None if run.stopped else run.steps[step] for run in runs[:active]], device)
+        losses = _forward_backward(decoder, stack, batch, dtype)
+        norms = stack.gradient_norms()
+        rates = _judge_step(runs[:active], batch, losses.tolist(), norms.tolist(), recipe)
+        stack.update(rates, (norms / recipe.clip).clamp_(min=1.0), recipe.betas)
+        for index, run in enumerate(runs[:active]):
+            if run.person.watch and not run.stopped and run.epoch_ended():
+                _watch(model, shape, run, stack.rows[index])
+        step += 1
+        count(len(working))
+    return [run.result(shape, stack.rows[index]) for index, run in enumerate(runs)]
+
+
+def _judge_step(
+    runs: Sequence[_Run], batch: "_Batch", losses: list[float], norms: list[float], recipe: Recipe
+) -> list[float]:
+    """The rate of each person's update, 0 for those who take none. A loss or norm that is not finite ends a
+    run."""
+    rates = []
+    for run, loss, norm, learned, tokens in zip(
+        runs, losses, norms, batch.learned, batch.tokens, strict=True
+    ):
+        if run.stopped:
+            rates.append(0.0)
+            continue
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            run.stopped = True
+            run.error = (
+                f"step {run.taken + 1}: expected finite numbers, got loss {loss}, gradient norm {norm}"
+            )
+            rates.append(0.0)
+            continue
+        rates.append(recipe.learning_rate * _schedule(run.taken, len(run.steps), recipe.warmup))
+        run.losses.setdefault(run.steps[run.taken].epoch, []).append((loss * learned, learned))
+        run.taken += 1
+        run.tokens += tokens
+    return rates
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear up over the first `warmup` share of the steps, then linear to zero after the last."""
+    rising = max(1, round(warmup * steps))
+    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+
+
+def _watch(model: LoadedModel, shape: AdapterShape, run: _Run, row: Tensor) -> None:
+    losses = token_losses(model, run.person.watch, shape.weights(row.cpu()))
+    watched = torch.cat(losses).mean().item()
+    if watched < run.best_watched:
+        run.best_watched, run.best_row = watched, row.clone()
+    else:
+        run.stopped = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One step of the whole stack: rows of S tokens by person, and where the loss is taken."""
+
+    token_ids: Tensor  # [U*S]
+    positions: Tensor  # [U, S]
+    segments: Tensor  # [U, S], -1 on padding
+    loss_at: Tensor  # [N] flat places whose next token is learned
+    targets: Tensor  # [N]
+    people: Tensor  # [N] whose place it is
+    learned: list[int]  # [U] learned tokens
+    tokens: list[int]  # [U]
+
+    @classmethod
+    def of(cls, steps: Sequence[Step | None], device: torch.device) -> "_Batch":
+        tokens = [0 if step is None else step.tokens for step in steps]
+        length = max(tokens)
+        token_ids, positions, segments = ([0] * (len(steps) * length) for _ in range(3))
+        loss_at: list[int] = []
+        targets: list[int] = []
+        people: list[int] = []
+        for person, step in enumerate(steps):
+            place = person * length
+            segments[place : place + length] = [-1] * length
+            for number, example in enumerate(() if step is None else step.examples):
+                size = len(example.token_ids)
+                token_ids[place : place + size] = example.token_ids
+                positions[place : place + size] = range(size)
+                segments[place : place + size] = [number] * size
+                learned = [at for at in range(1, size) if example.learn_mask[at]]
+                loss_at += [place + at - 1 for at in learned]
+                targets += [example.token_ids[at] for at in learned]
+                people += [person] * len(learned)
+                place += size
+        counts = torch.bincount(torch.tensor(people), minlength=len(steps)).tolist()
+        shape = (len(steps), length)
+        ids, at, goal, whose = (
+            torch.tensor(values, device=device) for values in (token_ids, loss_at, targets, people)
+        )
+        place_of, segment_of = (
+            torch.tensor(values, device=device).view(shape) for values in (positions, segments)
+        )
+        return cls(ids, place_of, segment_of, at, goal, whose, counts, tokens)
+
+
+def _forward_backward(decoder: Decoder, stack: AdapterStack, batch: _Batch, dtype: torch.dtype) -> Tensor:
+    """[U] mean loss of each person; the gradients of each person's own mean are left in the stack."""
+    attend = RowAttention(batch.segments, batch.positions, decoder.config, dtype)
+    hidden = decoder(batch.token_ids, batch.positions.flatten(), attend, stack)
+    counts = torch.tensor(batch.learned, device=hidden.device, dtype=torch.float32).clamp_(min=1)
+    weights = (1 / counts)[batch.people]
+    losses, gradient = _head(decoder, hidden.detach()[batch.loss_at], batch.targets, weights)
+    upstream = torch.zeros_like(hidden)
+    upstream[batch.loss_at] = gradient
+    hidden.backward(upstream)
+    return torch.zeros_like(counts).index_add_(0, batch.people, losses * weights)
+
+
+def _head(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[target] of each row [N], and the gradient of weights . losses in `hidden` [N, H].
+
+    In blocks, so that no more logits than fit the cache exist at a time.
+    """
+    losses, gradients = [], []
+    for begin in range(0, len(hidden), _HEAD_ROWS):
+        rows = slice(begin, begin + _HEAD_ROWS)
+        block = hidden[rows].requires_grad_()
+        logits = decoder.logits(block)
+        probabilities = torch.softmax(logits.detach(), -1)
+        target = targets[rows, None]
+        losses.append(-probabilities.gather(1, target)[:, 0].clamp_(min=1e-38).log_())
+        probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+        (gradient,) = torch.autograd.grad(logits, block, probabilities)
+        gradients.append(gradient * weights[rows, None].to(gradient.dtype))
+    return torch.cat(losses), torch.cat(gradients)

@@ -1,0 +1,383 @@
+"""The process that trains and judges: a crash, a device fault or too little memory ends it, not the worker.
+
+The parent (`Trainer`, asyncio) sends a batch and receives what happens, as msgpack frames with a 4-byte
+length over the child's stdin and stdout. The child stays for the next batch, so that the model is loaded
+once; it dies with its parent, and a dead one is replaced at the next batch.
+"""
+
+import asyncio
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from engine.adapter_files import AdapterError, LoraModule, LoraWeights, read_adapter
+from engine.weights import LoadedModel, load_model
+from personalization.gate import GatePolicy, Verdict, judge
+from personalization.prompt import Example
+from personalization.publish import META_FILE
+from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, best_dtype, train_stacks
+
+_PR_SET_PDEATHSIG = 1
+_MAX_FRAME = 1 << 31
+_PROGRESS_EVERY_S = 0.25
+# glibc's malloc parameters. By default each large tensor is mapped and unmapped anew, and the kernel clears
+# its pages each time.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+class TrainerDied(RuntimeError):
+    """The process ended, or fell silent, in the middle of a batch: `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the training process ended before its batch did: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerSettings:
+    """`threads` 0: what torch chooses. `device` "auto": CUDA where there is one. `silence_s`: how long the
+    process may say nothing before it counts as hung."""
+
+    model_folder: Path
+    threads: int = 0
+    device: str = "auto"
+    people_at_once: int = PEOPLE_AT_ONCE
+    silence_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One person's refresh: rows to train on and to judge by, the serving version's folder if any."""
+
+    id: str
+    train: Sequence[Example]
+    gate: Sequence[Example]
+    serving: Path | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Share of the batch's training that is done, 0 to 1."""
+
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """These people's training is done; the gate looks at them now."""
+
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One person's candidate and what the gate says. `numbers` are those of the training."""
+
+    id: str
+    weights: LoraWeights
+    verdict: Verdict
+    numbers: dict[str, float]
+    base_hash: str
+
+
+class Trainer:
+    """The parent's side. One batch at a time."""
+
+    def __init__(self, settings: TrainerSettings) -> None:
+        self._settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    async def run(
+        self, tasks: Sequence[Task], recipe: Recipe, policy: GatePolicy, *, people_at_once: int | None = None
+    ) -> AsyncGenerator[Progress | Judging | Judged, None]:
+        """Train and judge `tasks`; every one of them ends in a Judged. Raises TrainerDied.
+
+        Leaving the iterator early, or being cancelled in it, ends the process: what it computes is wanted no
+        more.
+        """
+        request = {
+            "tasks": [_pack_task(task) for task in tasks],
+            "recipe": asdict(recipe),
+            "policy": asdict(policy),
+            "people_at_once": people_at_once or self._settings.people_at_once,
+        }
+        finished = False
+        try:
+            process = await self._start()
+            assert process.stdin is not None
+            process.stdin.write(_frame(request))
+            await process.stdin.drain()
+            while (message := await self._receive(process))["kind"] != "done":
+                yield _unpack_event(message)
+            finished = True
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise TrainerDied(str(error) or type(error).__name__) from error
+        finally:
+            if not finished:
+                await self.stop()
+
+    async def stop(self) -> None:
+        """End the process; the next batch starts another."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        settings = asdict(self._settings) | {
+            "model_folder": str(self._settings.model_folder.absolute()),
+            "parent": os.getpid(),
+        }
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "personalization.trainer",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            # -m looks here first: the child runs the same code as we do, wherever we were started.
+            cwd=Path(__file__).parent.parent,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(_frame(settings))
+        return self._process
+
+    async def _receive(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(self._settings.silence_s):
+                size = int.from_bytes(await process.stdout.readexactly(4), "big")
+                message: dict[str, Any] = msgpack.unpackb(
+                    await process.stdout.readexactly(size), max_bin_len=_MAX_FRAME
+                )
+        except asyncio.IncompleteReadError as error:
+            code = await process.wait()
+            raise TrainerDied(f"exit status {code}") from error
+        except TimeoutError as error:
+            raise TrainerDied(f"silent for {self._settings.silence_s:g} s") from error
+        if message["kind"] == "error":
+            raise TrainerDied(message["message"])
+        return message
+
+
+# ---------------------------------------------------------------- the child
+
+
+def main() -> None:
+    """Load the model, then serve batches until stdin ends."""
+    receive, send = _pipes()
+    settings = receive()
+    if settings is None:
+        return
+    _die_with(settings["parent"])
+    _keep_memory()
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    torch.set_flush_denormal(True)  # second moments of weights that hardly move would cost hundreds of cycles
+    device = settings["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = best_dtype(torch.device(device))
+    try:
+        model = load_model(Path(settings["model_folder"]), device=device, dtype=dtype)
+        while (request := receive()) is not None:
+            _run_batch(model, request, send)
+            send({"kind": "done"})
+    except Exception as error:  # the parent says it to whoever asked; stderr has the traceback
+        send({"kind": "error", "message": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def _run_batch(model: LoadedModel, request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+    recipe, policy = _recipe(request["recipe"]), GatePolicy(**request["policy"])
+    tasks = [_unpack_task(task) for task in request["tasks"]]
+    serving = [_read_serving(task.serving, model) for task in tasks]
+    people = [Person(task.train, task.seed, start) for task, start in zip(tasks, serving, strict=True)]
+    next_report = 0.0
+
+    def report(share: float) -> None:
+        nonlocal next_report
+        if (now := time.monotonic()) >= next_report or share == 1.0:
+            next_report = now + _PROGRESS_EVERY_S
+            send({"kind": "progress", "share": share})
+
+    for stack in train_stacks(
+        model, people, recipe, people_at_once=request["people_at_once"], on_progress=report
+    ):
+        send({"kind": "judging", "ids": [tasks[index].id for index in stack]})
+        for index, trained in stack.items():
+            task = tasks[index]
+            if trained.error is not None:
+                verdict = Verdict(False, f"refused: training broke off at {trained.error}")
+            elif trained.steps == 0:
+                verdict = Verdict(False, "nothing to learn from")
+            else:
+                verdict = judge(model, trained.weights, serving[index], task.gate, policy)
+            numbers = {
+                "steps": float(trained.steps),
+                "trained_tokens": float(trained.tokens),
+                "train_loss_first": trained.first_loss,
+                "train_loss_last": trained.last_loss,
+            }
+            send(
+                {
+                    "kind": "judged",
+                    "id": task.id,
+                    "weights": _pack_weights(trained.weights),
+                    "verdict": asdict(verdict),
+                    "numbers": {name: value for name, value in numbers.items() if value == value},
+                    "base_hash": model.base_hash,
+                }
+            )
+
+
+def _read_serving(folder: Path | None, model: LoadedModel) -> LoraWeights | None:
+    """The serving version, or None if it cannot be served: unreadable, or made for another base."""
+    if folder is None:
+        return None
+    try:
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        if meta["base_hash"] != model.base_hash:
+            return None
+        return read_adapter(folder, model.config)
+    except (OSError, ValueError, KeyError, AdapterError):
+        return None
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill us when the parent ends, however it ends; off Linux the end of stdin does it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the promise was made
+            sys.exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+
+
+def _keep_memory() -> None:
+    """Let malloc keep what it has once got from the kernel, if this is glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)
+
+
+def _pipes() -> tuple[Callable[[], dict[str, Any] | None], Callable[[dict[str, Any]], None]]:
+    """Frames from stdin and to stdout; whatever else writes to stdout from now on goes to stderr."""
+    source: BinaryIO = os.fdopen(os.dup(0), "rb")
+    target: BinaryIO = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def receive() -> dict[str, Any] | None:
+        head = source.read(4)
+        if len(head) < 4:
+            return None
+        message: dict[str, Any] = msgpack.unpackb(
+            source.read(int.from_bytes(head, "big")), max_bin_len=_MAX_FRAME
+        )
+        return message
+
+    def send(message: dict[str, Any]) -> None:
+        target.write(_frame(message))
+        target.flush()
+
+    return receive, send
+
+
+# ---------------------------------------------------------------- frames
+
+
+def _frame(message: dict[str, Any]) -> bytes:
+    body: bytes = msgpack.packb(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+def _pack_task(task: Task) -> dict[str, Any]:
+    return {
+        "id": task.id,
+        "train": [_pack_example(example) for example in task.train],
+        "gate": [_pack_example(example) for example in task.gate],
+        "serving": None if task.serving is None else str(task.serving.absolute()),
+        "seed": task.seed,
+    }
+
+
+def _unpack_task(task: dict[str, Any]) -> Task:
+    return Task(
+        task["id"],
+        [_unpack_example(example) for example in task["train"]],
+        [_unpack_example(example) for example in task["gate"]],
+        None if task["serving"] is None else Path(task["serving"]),
+        task["seed"],
+    )
+
+
+def _pack_example(example: Example) -> tuple[tuple[int, ...], bytes]:
+    return example.token_ids, bytes(example.learn_mask)
+
+
+def _unpack_example(packed: tuple[Sequence[int], bytes]) -> Example:
+    ids, mask = packed
+    return Example(tuple(ids), tuple(map(bool, mask)))
+
+
+def _recipe(values: dict[str, Any]) -> Recipe:
+    listed = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return dataclasses.replace(Recipe(), **(values | listed))
+
+
+def _pack_weights(weights: LoraWeights) -> dict[str, Any]:
+    tensors: dict[str, Tensor] = {}
+    for place, m in enumerate(weights.modules):
+        tensors[f"{place}.a"], tensors[f"{place}.b"] = m.a.contiguous(), m.b.contiguous()
+    return {"modules": [(m.layer, m.module, m.scale) for m in weights.modules], "tensors": save(tensors)}
+
+
+def _unpack_weights(packed: dict[str, Any]) -> LoraWeights:
+    tensors = load(packed["tensors"])
+    return LoraWeights(
+        tuple(
+            LoraModule(layer, module, tensors[f"{place}.a"], tensors[f"{place}.b"], scale)
+            for place, (layer, module, scale) in enumerate(packed["modules"])
+        )
+    )
+
+
+def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Judged:
+    if message["kind"] == "progress":
+        return Progress(message["share"])
+    if message["kind"] == "judging":
+        return Judging(tuple(message["ids"]))
+    return Judged(
+        message["id"],
+        _unpack_weights(message["weights"]),
+        Verdict(**message["verdict"]),
+        message["numbers"],
+        message["base_hash"],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The worker: SAQ jobs, one per person, gathered into batches that share a stack.
+
+    request_refresh → job refresh:<adapter id> → every waiting job of a moment joins one batch → refresh()
+
+A job runs at least once. It heartbeats while it waits and works; when the worker dies, a sweep finds the
+silent job and it runs again, up to three times. When the training process died under a batch, its people go
+without stacking next time, so that one person's trouble cannot fail the others twice. What fails for good is
+kept in a list of dead letters.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from saq import CronJob, Job, Status, Worker
+from saq.types import PartialTimersDict
+
+from engine.weights import read_config
+from personalization.jobs import COUNTS, FUNCTION, WEEK_S, JobPolicy, RefreshQueue, request_refresh, tell
+from personalization.prompt import Renderer
+from personalization.publish import FREE_BYTES_FLOOR, Shelf, tidy
+from personalization.refresh import Kit, Outcome, RefreshPolicy, refresh
+from personalization.store import Store, connect
+from personalization.trainer import Trainer, TrainerDied, TrainerSettings
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """`data`: the adapters are in data/adapters. `secret`: the store's. `nightly_hour`: local, None for
+    never; people with `nightly_turns` new turns are then refreshed, spread over `nightly_spread_s`."""
+
+    data: Path
+    redis_url: str
+    model_folder: Path
+    model_name: str
+    secret: bytes
+    policy: RefreshPolicy = field(default_factory=RefreshPolicy)
+    jobs: JobPolicy = field(default_factory=JobPolicy)
+    threads: int = 0
+    device: str = "auto"
+    gather_s: float = 0.5
+    gather_people: int = 64
+    sweep_s: int = 5
+    idle_trainer_s: float = 600.0
+    nightly_hour: int | None = 3
+    nightly_turns: int = 1
+    nightly_spread_s: float = 1800.0
+    free_bytes_floor: int = FREE_BYTES_FLOOR
+
+
+def should_refresh(learned_since: int, policy: RefreshPolicy) -> bool:
+    """Whether that many new learned turns start a refresh by themselves."""
+    return 0 < policy.auto_after <= learned_since
+
+
+# ---------------------------------------------------------------- working
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    job: Job
+    user: str
+    ended: "asyncio.Future[Outcome]"
+
+
+class Gatherer:
+    """Collects the jobs that wait at the same time and refreshes their people in one batch."""
+
+    def __init__(
+        self, kit: Kit, *, gather_s: float, people: int, idle_trainer_s: float, say_every_s: float = 0.5
+    ) -> None:
+        self._kit = kit
+        self._gather_s = gather_s
+        self._people = people
+        self._idle_trainer_s = idle_trainer_s
+        self._say_every_s = say_every_s
+        self._arrivals: asyncio.Queue[_Waiting] = asyncio.Queue()
+
+    async def join(self, job: Job, user: str) -> Outcome:
+        """Wait for a batch, and in it for this person's end. Raises what went wrong, if it may go better."""
+        waiting = _Waiting(job, user, asyncio.get_running_loop().create_future())
+        self._arrivals.put_nowait(waiting)
+        return await waiting.ended
+
+    async def run(self) -> None:
+        """Batch after batch, until cancelled."""
+        while True:
+            gathered = await self._gather()
+            # Whoever was in a batch that lost its process goes without stacking now: one of them did it.
+            for alone in (False, True):
+                batch = {each.user: each for each in gathered if _broke_a_batch(each.job) == alone}
+                if batch:
+                    log.info("refresh.batch", people=len(batch), alone=alone)
+                    await self._work(batch, alone=alone)
+
+    async def _gather(self) -> list[_Waiting]:
+        try:
+            async with asyncio.timeout(self._idle_trainer_s):
+                gathered = [await self._arrivals.get()]
+        except TimeoutError:
+            await self._kit.trainer.stop()  # it holds a model in memory that nobody needs just now
+            gathered = [await self._arrivals.get()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._gather_s):
+                while len(gathered) < self._people:
+                    gathered.append(await self._arrivals.get())
+        return [each for each in gathered if not each.ended.done()]
+
+    async def _work(self, batch: dict[str, _Waiting], *, alone: bool) -> None:
+        told: dict[str, tuple[str, float]] = {}
+
+        async def say(user: str, message: dict[str, Any]) -> None:
+            state, (before, at) = message["state"], told.get(user, ("", 0.0))
+            if state != before or time.monotonic() - at >= self._say_every_s:
+                told[user] = (state, time.monotonic())
+                await tell(self._kit.store, batch[user].job, message)
+
+        async def end(outcome: Outcome) -> None:
+            waiting = batch[outcome.user]
+            if outcome.error is None:
+                await tell(self._kit.store, waiting.job, outcome.message())
+            if waiting.ended.done():  # cancelled: the worker stops
+                return
+            if outcome.error is None:
+                waiting.ended.set_result(outcome)
+            else:
+                waiting.ended.set_exception(outcome.error)
+
+        failure: BaseException = RuntimeError("the batch ended without this person")
+        try:
+            await refresh(list(batch), self._kit, say, end, alone=alone)
+        except Exception as error:
+            log.exception("refresh.batch_failed", people=len(batch))
+            failure = error
+        finally:
+            for each in batch.values():
+                if not each.ended.done():
+                    each.ended.set_exception(failure)
+
+
+def _broke_a_batch(job: Job) -> bool:
+    return TrainerDied.__name__ in (job.error or "")
+
+
+async def run_refresh(
+    context: dict[str, Any], *, user: str, reason: str, job_id: str, epoch: int
+) -> dict[str, Any]:
+    """The job: one person's refresh, in a batch with whoever else waits."""
+    job: Job = context["job"]
+    gatherer: Gatherer = context["gatherer"]
+    async with _beating(job):
+        outcome = await gatherer.join(job, user)
+    return {
+        "state": outcome.state,
+        "code": outcome.code,
+        "published": outcome.published,
+        "from": outcome.before,
+        "to": outcome.after,
+    }
+
+
+@contextlib.asynccontextmanager
+async def _beating(job: Job) -> AsyncIterator[None]:
+    """Keep the job's heartbeat going. SAQ counts a job without one as lost."""
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(job.heartbeat / 3)
+            with contextlib.suppress(RedisError, OSError):  # the next beat may get through
+                await job.update()
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def after_job(context: dict[str, Any]) -> None:
+    """SAQ's hook after each attempt: count its end, bury what failed for good, tell of a new attempt."""
+    job: Job = context["job"]
+    queue: RefreshQueue = context["queue"]
+    store: Store = context["store"]
+    if job.function != FUNCTION:
+        return
+    if job.status == Status.FAILED:
+        await queue.bury(job)
+        await tell(store, job, _given_up(job))
+    elif job.status == Status.QUEUED:
+        await tell(store, job, {"state": "queued", "progress": 0.0})
+    elif job.status == Status.COMPLETE and isinstance(job.result, dict):
+        result = job.result
+        end = "published" if result["published"] else result["code"] or "refused"
+        await queue.client.hincrby(COUNTS, end, 1)
+
+
+def _given_up(job: Job) -> dict[str, Any]:
+    return {
+        "state": "failed",
+        "code": "refresh_failed",
+        "message": f"the refresh failed {job.attempts} times and was given up",
+    }
+
+
+async def run_nightly(context: dict[str, Any]) -> int:
+    """The nightly job: ask for everyone with something new, in groups that fill a batch, spread over a
+    while."""
+    settings: WorkerSettings = context["settings"]
+    store: Store = context["store"]
+    due = [
+        user
+        async for user in store.users()
+        if await store.learned_since_refresh(user) >= settings.nightly_turns
+        and await store.learned_count(user) >= settings.policy.minimum_turns
+    ]
+    due.sort(key=store.adapter_id)
+    for first in range(0, len(due), settings.gather_people):
+        at = int(time.time() + context["random"].uniform(0, settings.nightly_spread_s))
+        for user in due[first : first + settings.gather_people]:
+            await request_refresh(context["queue"], store, user, "nightly", jobs=settings.jobs, scheduled=at)
+    await tidy(context["shelf"], store)
+    return len(due)
+
+
+async def run_worker(settings: WorkerSettings) -> None:
+    """Work until cancelled. Signals are the caller's."""
+    redis, queue_redis = connect(settings.redis_url), _queue_client(settings.redis_url)
+    store, queue = Store(redis, settings.secret), RefreshQueue(queue_redis)
+    config = await asyncio.to_thread(read_config, settings.model_folder)
+    renderer = await asyncio.to_thread(Renderer, settings.model_folder, config.max_position_embeddings)
+    shelf = Shelf(settings.data / "adapters", config, settings.free_bytes_floor)
+    trainer = Trainer(TrainerSettings(settings.model_folder, settings.threads, settings.device))
+    kit = Kit(
+        store, shelf, renderer, trainer, settings.policy, settings.model_name, lambda: datetime.now(UTC)
+    )
+    gatherer = Gatherer(
+        kit,
+        gather_s=settings.gather_s,
+        people=settings.gather_people,
+        idle_trainer_s=settings.idle_trainer_s,
+    )
+    context = {
+        "gatherer": gatherer,
+        "queue": queue,
+        "store": store,
+        "shelf": shelf,
+        "settings": settings,
+        "random": random.Random(),
+    }
+
+    async def start(into: dict[str, Any]) -> None:
+        into.update(context)
+
+    async def bury_lost(job: Job) -> None:
+        await queue.bury(job)
+        await tell(store, job, _given_up(job))
+
+    queue.on_lost = bury_lost
+    worker = Worker(
+        queue,
+        functions=[run_refresh],
+        concurrency=settings.gather_people,
+        cron_jobs=_nightly(settings),
+        cron_tz=datetime.now().astimezone().tzinfo or UTC,
+        startup=start,
+        after_process=after_job,
+        timers=PartialTimersDict(sweep=settings.sweep_s, schedule=1, abort=1, worker_info=10),
+        dequeue_timeout=5.0,
+    )
+    worker.SIGNALS = []
+    gathering = asyncio.create_task(gatherer.run())
+    try:
+        await tidy(shelf, store)
+        log.info("worker.ready", model=settings.model_name)
+        await worker.start()
+    finally:
+        gathering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await gathering
+        await trainer.stop()
+        await store.close()
+        await queue.disconnect()
+
+
+def _nightly(settings: WorkerSettings) -> list[CronJob[Any]]:
+    if settings.nightly_hour is None:
+        return []
+    return [CronJob(run_nightly, cron=f"0 {settings.nightly_hour} * * *", timeout=600, ttl=WEEK_S)]
+
+
+def _queue_client(url: str) -> Redis:
+    """A client for SAQ: blocking calls outlast the 5 s they wait, and nothing hangs for ever."""
+    return Redis.from_url(url, socket_timeout=15.0, socket_connect_timeout=2.0, max_connections=256)

@@ -1,0 +1,121 @@
+"""Forget a person: history, adapters, copies and jobs, in every place that has any.
+
+The order matters. Redis goes first: from then on nothing that began before can write for this person (the
+store's epoch). Then the jobs, the engine's copies, the files, and last Redis' own file on disk, which would
+keep every deleted word until its next rewrite.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from engine.request import Forgotten as EngineForgotten
+from personalization.store import Store
+
+log = structlog.get_logger()
+REWRITE_TIMEOUT_S = 60.0
+LOOK_EVERY_S = 0.05
+
+
+class EngineCaches(Protocol):
+    """The part of the engine's client that forgetting needs."""
+
+    async def forget(self, adapter_id: str) -> EngineForgotten: ...
+
+
+class RemovedFolder(Protocol):
+    """What was in a person's folder."""
+
+    @property
+    def versions(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class RedisLog(Protocol):
+    """The part of the Redis client that makes the server write its file anew."""
+
+    async def bgrewriteaof(self) -> Any: ...
+
+    async def info(self, section: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was taken away, by place."""
+
+    turns: int
+    conversations: int
+    versions: int
+    responses: int
+    jobs: int
+    folders: int  # adapter versions on disk
+    disk_bytes: int
+    host_bytes: int
+    device_slabs: int
+    kv_blocks: int
+    log_rewritten: bool  # False: a Redis that is not ours, or one too busy; it forgets at its next rewrite
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+async def forget(
+    user: str,
+    *,
+    store: Store,
+    redis: RedisLog,
+    engine: EngineCaches,
+    cancel_jobs: Callable[[str], Awaitable[int]],
+    remove_versions: Callable[[str], RemovedFolder],
+) -> Removed:
+    """Remove everything of `user`; returns what was there. Doing it twice removes nothing more.
+
+    `cancel_jobs` takes the person's jobs out of the queue and says how many; `remove_versions` takes the
+    folder of an adapter id from the disk, in a thread. Raises StoreUnavailable, or EngineLost with the
+    history already gone: do it again.
+    """
+    adapter_id = store.adapter_id(user)
+    history = await store.forget(user)
+    jobs = await cancel_jobs(user)
+    copies = await engine.forget(adapter_id)
+    folder = await asyncio.to_thread(remove_versions, adapter_id)
+    return Removed(
+        turns=history.turns,
+        conversations=history.conversations,
+        versions=history.versions,
+        responses=history.responses,
+        jobs=jobs,
+        folders=folder.versions,
+        disk_bytes=folder.nbytes,
+        host_bytes=copies.host_bytes,
+        device_slabs=copies.device_slabs,
+        kv_blocks=copies.kv_blocks,
+        log_rewritten=await rewrite_log(redis),
+    )
+
+
+async def rewrite_log(redis: RedisLog) -> bool:
+    """Make Redis write its append-only file anew, from what it holds now; True once that is done."""
+    try:
+        async with asyncio.timeout(REWRITE_TIMEOUT_S):
+            await _rewritten(redis)  # one that began earlier still holds what was deleted since
+            await redis.bgrewriteaof()
+            await _rewritten(redis)
+            return str((await redis.info("persistence")).get("aof_last_bgrewrite_status")) == "ok"
+    except Exception as error:  # what is left is Redis' own schedule; the person's keys are gone all the same
+        log.warning("forget.log_not_rewritten", reason=str(error) or type(error).__name__)
+        return False
+
+
+async def _rewritten(redis: RedisLog) -> None:
+    """Wait until no rewrite is under way."""
+    while True:
+        state = await redis.info("persistence")
+        if not int(state["aof_rewrite_in_progress"]) and not int(state["aof_rewrite_scheduled"]):
+            return
+        await asyncio.sleep(LOOK_EVERY_S)

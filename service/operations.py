@@ -1,0 +1,122 @@
+"""What the commands do to the running service: import histories, refresh people. No printing, no arguments.
+
+Each takes the store and whatever else it needs, reports progress through a callback, and returns what it did.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from personalization.history import LineError, parse
+from personalization.store import Store
+
+Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
+LOOK_EVERY_S = 5.0
+CLOCK_SKEW = timedelta(minutes=5)
+
+
+class Refused(ValueError):
+    """The command cannot be carried out as asked; the message says expected and got."""
+
+
+# ---------------------------------------------------------------- import
+
+
+@dataclass(frozen=True)
+class Imported:
+    """`turns` were read well, `new` of them were not there before; `errors` are the lines left out."""
+
+    users: int
+    turns: int
+    new: int
+    errors: list[LineError]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+async def import_histories(store: Store, lines: Iterable[bytes], on_progress: Progress) -> Imported:
+    """Read the interchange format and append what is new. Appending twice changes nothing."""
+    on_progress(0.0, "reading")
+    parsed = await asyncio.to_thread(parse, lines, not_after=datetime.now(UTC) + CLOCK_SKEW)
+    total, done, new = sum(map(len, parsed.turns.values())), 0, 0
+    for user, turns in parsed.turns.items():
+        new += await store.append(user, turns)
+        done += len(turns)
+        on_progress(done / total, f"{done} of {total} turns")
+    return Imported(len(parsed.turns), total, new, parsed.errors)
+
+
+# ---------------------------------------------------------------- refresh
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """How one person's refresh ended. `state` is completed, failed, or queued when nobody waited."""
+
+    user: str
+    job_id: str
+    state: str
+    published: bool = False
+    version: int = 0
+    reason: str = ""
+
+
+async def refresh(
+    store: Store,
+    users: Sequence[str],
+    enqueue: Callable[[str], Awaitable[dict[str, Any]]],
+    *,
+    wait: bool,
+    on_progress: Progress,
+) -> list[Refreshed]:
+    """Ask for a refresh of each person and, if `wait`, follow them to their ends. `enqueue` → {job_id, …}.
+
+    News arrive by pub/sub, which loses what is said while Redis is away; so the kept state is read as well.
+    """
+    results: dict[str, Refreshed] = {}
+    shares: dict[str, float] = {}
+    async with store.events() as events:
+        jobs = {user: str((await enqueue(user))["job_id"]) for user in users}
+        if not wait:
+            return [Refreshed(user, job, "queued") for user, job in jobs.items()]
+
+        def take(user: str, state: dict[str, Any] | None) -> None:
+            if state is None or user in results or state.get("job_id") != jobs.get(user):
+                return
+            shares[user] = float(state.get("progress") or 0.0)
+            if state.get("state") in ("completed", "failed"):
+                shares[user] = 1.0
+                results[user] = Refreshed(
+                    user=user,
+                    job_id=jobs[user],
+                    state=state["state"],
+                    published=bool(state.get("published")),
+                    version=int(state.get("to") or 0),
+                    reason=str(state.get("reason") or state.get("message") or ""),
+                )
+            on_progress(sum(shares.values()) / len(jobs), f"{len(results)} of {len(jobs)} people")
+
+        looked = time.monotonic()
+        news = asyncio.ensure_future(anext(events))
+        try:
+            while len(results) < len(jobs):
+                await asyncio.wait({news}, timeout=LOOK_EVERY_S)
+                if news.done():
+                    event = news.result()
+                    if event.get("user") in jobs and "state" in event:
+                        take(event["user"], event)
+                    news = asyncio.ensure_future(anext(events))
+                if time.monotonic() - looked > LOOK_EVERY_S:
+                    looked = time.monotonic()
+                    for user in jobs.keys() - results.keys():
+                        take(user, await store.progress(user))
+        finally:
+            news.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                await news
+    return [results[user] for user in jobs]

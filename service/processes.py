@@ -1,0 +1,108 @@
+"""What each process of the service does, from settings to end: engine, gateway, worker.
+
+Rooms are imported inside the functions: the gateway needs no torch, and the engine no web server.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from service.settings import Settings, private_folder, read_or_create_secret
+
+log = structlog.get_logger()
+MIB = 1 << 20
+WORKER_NICENESS = 10  # learning yields to talking where both want the same cores
+
+
+class ModelUnusable(ValueError):
+    """The model's folder is not one we can serve; the message is the loader's."""
+
+
+async def until_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
+    """Run `work` until it ends or `stop` is set; an error in it is raised."""
+    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+
+
+async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
+    """Load the model, answer on the engine's socket. Raises ModelUnusable."""
+    import torch
+
+    from engine.config import EngineConfig
+    from engine.engine import Engine
+    from engine.server import serve
+    from engine.weights import ModelError, load_model
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    config = EngineConfig(
+        arena_bytes=settings.arena_mb * MIB,
+        host_cache_bytes=settings.host_cache_mb * MIB,
+        max_running=settings.max_running,
+        max_tokens_per_step=settings.max_step_tokens,
+        device=device,
+        dtype=dtype,
+        threads=settings.threads or None,
+    )
+    try:
+        model = await asyncio.to_thread(
+            load_model, Path(settings.model), device=device, dtype=getattr(torch, dtype)
+        )
+    except ModelError as error:
+        raise ModelUnusable(str(error)) from None
+    private_folder(settings.run_folder)
+    private_folder(settings.adapter_root)
+    engine = Engine(config, model, settings.adapter_root)
+    log.info("engine.loaded", model=settings.shown_model, device=device, dtype=dtype)
+    await until_stopped(
+        serve(
+            engine,
+            settings.engine_socket,
+            model_name=settings.shown_model,
+            on_ready=lambda: log.info("engine.ready"),
+        ),
+        stop,
+    )
+
+
+async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
+    """Answer WebSockets and HTTP."""
+    from service.gateway import run_gateway as run
+
+    await until_stopped(run(settings), stop)
+
+
+async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
+    """Learn from what people wrote."""
+    from personalization.refresh import RefreshPolicy
+    from personalization.worker import WorkerSettings
+    from personalization.worker import run_worker as run
+
+    os.nice(WORKER_NICENESS)
+    worker = WorkerSettings(
+        data=settings.data,
+        redis_url=settings.redis_address,
+        model_folder=Path(settings.model),
+        model_name=settings.shown_model,
+        secret=read_or_create_secret(settings.secret_path),
+        policy=RefreshPolicy(auto_after=settings.auto_refresh_after),
+        threads=settings.train_threads,
+        device=settings.device,
+        nightly_hour=settings.nightly_hour,
+    )
+    await until_stopped(run(worker), stop)

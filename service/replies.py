@@ -1,0 +1,487 @@
+"""Replies being written: each a log of numbered events that outlives the socket, and the process, it began
+on.
+
+An event is stored before anyone sees it, with the token ids it came from. So a client resumes by number, and
+when a gateway dies, another takes the lease of an orphaned reply and goes on from the same tokens: sampling
+depends on (seed, index) alone, so the text continues as if nothing had happened.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import structlog
+
+from personalization.store import EventsExpired, LeaseLost, Store, StoreUnavailable, UnknownResponse
+from service.errors import Conflict, NotFound, RateLimited, Unavailable
+from service.events import (
+    TERMINAL,
+    AnyReplyEvent,
+    Created,
+    InProgress,
+    Response,
+    TextDelta,
+    json_bytes,
+    read_reply_event,
+)
+from service.metrics import Metrics
+from service.store_health import StoreHealth
+
+log = structlog.get_logger(__name__)
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is needed to write a reply, or to write the rest of it somewhere else."""
+
+    id: str
+    user: str
+    epoch: int | None  # of the person's history; None when the store was away
+    model: str  # as asked: base, me, me@3
+    version: int  # the adapter version it begins on; 0 is the bare base
+    conversation: str
+    item_id: str  # of the assistant's turn
+    user_turn_id: str | None
+    created_at: float
+    prompt: tuple[int, ...]
+    history_turns: int
+    truncated: bool
+    seed: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    save: bool  # append the reply to the person's history
+    saved: bool  # the person's own turn is in their history
+    background: bool = False
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
+    fingerprint: str = ""  # of the request, so that one event_id cannot mean two things
+    notice: str | None = None
+
+
+def fingerprint(asked: msgspec.Struct) -> str:
+    return hashlib.sha256(json_bytes(asked)).hexdigest()
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One event of the log, and the tokens that arrived with it."""
+
+    event: AnyReplyEvent
+    tokens: tuple[int, ...] = ()
+
+    def stored(self) -> bytes:
+        return msgspec.msgpack.encode((json_bytes(self.event), self.tokens))
+
+
+def read_entry(data: bytes) -> Entry:
+    event, tokens = msgspec.msgpack.decode(data, type=tuple[bytes, tuple[int, ...]])
+    return Entry(read_reply_event(event), tokens)
+
+
+class Reply:
+    """The log of one reply, as far as this process knows it, and whoever listens to it here."""
+
+    def __init__(self, plan: Plan, entries: Sequence[Entry] = (), *, stored: int | None = 0) -> None:
+        self.plan = plan
+        self.entries = list(entries)
+        self.stored = stored  # how many of them the store has; None: it does not know this reply
+        self.lost = False  # its log is gone from the store before its end was seen
+        self.listeners = 0
+        self.acknowledged = -1
+        self.cancelled: asyncio.Event = asyncio.Event()
+        self.cancel_reason = "cancelled"
+        self.running = False  # it is this process that writes it
+        self._news = asyncio.Event()
+        self._left: Callable[[Reply], None] = lambda reply: None
+
+    @property
+    def id(self) -> str:
+        return self.plan.id
+
+    @property
+    def done(self) -> bool:
+        return bool(self.entries) and isinstance(self.entries[-1].event, TERMINAL)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Everything generated, as far as the log goes."""
+        return tuple(token for entry in self.entries for token in entry.tokens)
+
+    @property
+    def text(self) -> str:
+        return "".join(entry.event.delta for entry in self.entries if isinstance(entry.event, TextDelta))
+
+    @property
+    def response(self) -> Response | None:
+        """The newest picture of the whole reply; None before it was created."""
+        for entry in reversed(self.entries):
+            if isinstance(entry.event, (Created, InProgress, *TERMINAL)):
+                return entry.event.response
+        return None
+
+    def cancel(self, reason: str) -> None:
+        if not self.cancelled.is_set():
+            self.cancel_reason = reason
+            self.cancelled.set()
+
+    def number(self, events: Sequence[AnyReplyEvent], tokens: tuple[int, ...]) -> list[Entry]:
+        """The events as the next entries of the log; the tokens go with the first."""
+        for at, event in enumerate(events, start=len(self.entries)):
+            event.response_id, event.sequence_number = self.id, at
+        return [Entry(event, tokens if at == 0 else ()) for at, event in enumerate(events)]
+
+    def lose(self) -> None:
+        self.lost = True
+        self._news.set()
+
+    def feed(self, entries: Sequence[Entry]) -> None:
+        """Add to the log and wake everyone who listens."""
+        self.entries.extend(entries)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def events(self, after: int = -1) -> AsyncGenerator[AnyReplyEvent, None]:
+        """The events numbered above `after`, those there are and those to come, to the last. Raises
+        NotFound."""
+        at = max(0, after + 1)
+        self.listeners += 1
+        try:
+            while True:
+                news = self._news
+                while at < len(self.entries):
+                    yield self.entries[at].event
+                    at += 1
+                if self.done:
+                    return
+                if self.lost:
+                    raise NotFound(f"the log of {self.id} is no longer kept", code="resume_expired")
+                await news.wait()
+        finally:
+            self.listeners -= 1
+            self._left(self)
+
+    async def finished(self) -> Response:
+        """The whole reply, when it is."""
+        async for _ in self.events(len(self.entries) - 1):
+            pass
+        response = self.response
+        assert response is not None
+        return response
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long things are waited for, in seconds."""
+
+    orphan: float = 120.0  # a reply nobody listens to goes on this long
+    keep: float = 30.0  # a finished reply stays in memory this long
+    lease: float = 5.0  # after this a dead gateway's reply may be taken over
+    follow: float = 0.1  # between looks at a reply that another gateway writes
+    ttl: float = 6 * 3600.0  # how long a reply can be resumed or fetched
+
+
+Speak = Callable[["Reply", "Replies"], Awaitable[None]]
+
+
+@dataclass
+class Replies:
+    """Every reply this process writes, follows or has just finished. Owns their tasks; `close` ends them."""
+
+    store: Store
+    health: StoreHealth
+    speak: Speak
+    metrics: Metrics
+    holder: str  # names this process in leases
+    per_user: int
+    patience: Patience = Patience()
+    _replies: dict[str, Reply] = field(default_factory=dict)
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    _running: Counter[str] = field(default_factory=Counter)
+
+    # ------------------------------------------------------------ asking
+
+    def here(self, user: str, reply_id: str, same_as: str) -> Reply | None:
+        """The reply of that id, if this process has it. Raises Conflict when it answers something else."""
+        reply = self._replies.get(reply_id)
+        return None if reply is None else _checked(reply, user, same_as)
+
+    def check_room(self, user: str) -> None:
+        """Raises RateLimited when the person already has as many replies as they may at once."""
+        if self._running[user] >= self.per_user:
+            raise RateLimited(f"at most {self.per_user} replies at once", retry_after=2)
+
+    async def start(self, plan: Plan) -> Reply:
+        """Begin a reply; or the one that the same request began before. Raises Conflict, HistoryForgotten.
+
+        While the store is away it goes on without a net: what this process remembers is all there is.
+        """
+        try:
+            created = await self.health.ask(
+                lambda: self.store.create_response(
+                    plan.user,
+                    plan.id,
+                    msgspec.msgpack.encode(plan),
+                    holder=self.holder,
+                    lease_s=self.patience.lease,
+                    ttl_s=self.patience.ttl,
+                    epoch=plan.epoch,
+                )
+            )
+        except StoreUnavailable:
+            return self._own(Reply(plan, stored=None))
+        if not created:
+            return await self.find(plan.user, plan.id, plan.fingerprint)
+        return self._own(Reply(plan))
+
+    async def find(self, user: str, reply_id: str, same_as: str | None = None) -> Reply:
+        """A person's reply, wherever it is or was written. Another person's is as unknown as one that never
+        was.
+
+        Raises NotFound, and Conflict when `same_as` is given and the reply answers a different request.
+        """
+        reply = self._replies.get(reply_id) or await self._load(user, reply_id)
+        return _checked(reply, user, same_as)
+
+    async def cancel(self, user: str, reply_id: str) -> Reply:
+        """Ask a reply to stop; it says so itself, with its last event. Raises NotFound, Conflict."""
+        reply = await self.find(user, reply_id)
+        if reply.done:
+            return reply
+        if not reply.running and not await self._claim(reply):
+            raise Conflict("this reply is being written by another gateway", code="written_elsewhere")
+        reply.cancel("cancelled")
+        return reply
+
+    async def delete(self, user: str, reply_id: str) -> None:
+        """Forget a finished reply's log; one being written is stopped first. The history keeps its turns."""
+        reply = await self.cancel(user, reply_id)
+        if not reply.done:
+            await reply.finished()
+        self._drop(reply)
+        await self._finish(reply, ttl_s=0.001)
+
+    async def stop_all(self, user: str) -> None:
+        """Stop everything that is being written for a person here, and wait until it has stopped."""
+        for reply in [reply for reply in self._replies.values() if reply.plan.user == user]:
+            reply.cancel("cancelled")
+            if reply.running:
+                await reply.finished()
+            self._drop(reply)
+
+    def acknowledge(self, reply: Reply, number: int) -> None:
+        """The client has everything up to `number`; once that is everything, memory need not keep it."""
+        reply.acknowledged = max(reply.acknowledged, number)
+        if reply.done and reply.listeners == 0 and reply.acknowledged >= len(reply.entries) - 1:
+            self._drop(reply)
+
+    async def close(self) -> None:
+        """Stop writing. The logs stay; whoever is asked next goes on from them."""
+        for timer in self._timers.values():
+            timer.cancel()
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for reply in self._replies.values():
+            await self._release(reply)
+
+    # ------------------------------------------------------------ writing
+
+    async def write(
+        self, reply: Reply, events: Sequence[AnyReplyEvent], tokens: tuple[int, ...] = ()
+    ) -> None:
+        """Number the events, store them, then show them. Raises LeaseLost when another gateway took over.
+
+        While the store is away they are shown all the same, and stored with the next ones that can be.
+        """
+        entries = reply.number(events, tokens)
+        if reply.stored is not None:
+            first = reply.stored
+            unstored = [entry.stored() for entry in (*reply.entries[first:], *entries)]
+            with contextlib.suppress(StoreUnavailable):
+                await self.health.ask(
+                    lambda: self.store.append_response_events(
+                        reply.id, first, unstored, holder=self.holder, ttl_s=self.patience.ttl
+                    )
+                )
+                reply.stored = first + len(unstored)
+        reply.feed(entries)
+
+    # ------------------------------------------------------------ one task per reply
+
+    def _own(self, reply: Reply) -> Reply:
+        reply._left = self._watch
+        self._replies[reply.id] = reply
+        task = asyncio.create_task(self._drive(reply), name=f"reply {reply.id}")
+        self._tasks[reply.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(reply.id, None))
+        self._watch(reply)
+        return reply
+
+    async def _drive(self, reply: Reply) -> None:
+        """Write the reply whenever it is ours to write; else follow whoever writes it."""
+        try:
+            while not (reply.done or reply.lost):
+                if await self._claim(reply):
+                    await self._write_all(reply)
+                else:
+                    await self._follow(reply)
+        except Exception:
+            log.exception("reply failed", response_id=reply.id)
+            reply.lose()
+        self._watch(reply)
+
+    async def _write_all(self, reply: Reply) -> None:
+        user = reply.plan.user
+        reply.running = True
+        self._running[user] += 1
+        self.metrics.running.inc()
+        if reply.entries:
+            self.metrics.adopted.inc()
+        renewal = asyncio.create_task(self._renew(reply))
+        try:
+            await self.speak(reply, self)
+            await self._finish(reply)
+        except LeaseLost:
+            log.warning("another gateway took over a reply", response_id=reply.id)
+        except UnknownResponse:  # its owner was forgotten
+            reply.lose()
+        finally:
+            renewal.cancel()
+            self.metrics.running.dec()
+            self._running[user] -= 1
+            if not self._running[user]:
+                del self._running[user]
+            reply.running = False
+
+    async def _finish(self, reply: Reply, ttl_s: float | None = None) -> None:
+        """Tell the store that it is over. Should that fail, the next reader sees it by the last event."""
+        response = reply.response
+        if response is None or reply.stored is None:
+            return
+        with contextlib.suppress(StoreUnavailable, UnknownResponse):
+            await self.health.ask(
+                lambda: self.store.finish_response(
+                    reply.id,
+                    response.status,
+                    msgspec.msgpack.encode(reply.plan),
+                    holder=self.holder,
+                    ttl_s=self.patience.ttl if ttl_s is None else ttl_s,
+                )
+            )
+
+    async def _claim(self, reply: Reply) -> bool:
+        """Whether the reply is ours to write. One that began here stays ours while the store is away."""
+        if reply.stored is None:
+            return True
+        try:
+            return await self._lease(reply, self.patience.lease)
+        except StoreUnavailable:
+            return reply.running or not reply.entries
+
+    async def _lease(self, reply: Reply, seconds: float) -> bool:
+        return await self.health.ask(
+            lambda: self.store.claim_response(reply.id, holder=self.holder, lease_s=seconds)
+        )
+
+    async def _release(self, reply: Reply) -> None:
+        """Let the lease run out at once, so that whoever is asked next need not wait for it."""
+        if reply.done or reply.stored is None:
+            return
+        with contextlib.suppress(StoreUnavailable):
+            await self._lease(reply, 0.001)
+
+    async def _renew(self, reply: Reply) -> None:
+        while True:
+            await asyncio.sleep(self.patience.lease / 3)
+            await self._claim(reply)
+
+    async def _follow(self, reply: Reply) -> None:
+        """Read what another process writes."""
+        await asyncio.sleep(self.patience.follow)
+        try:
+            read = await self.health.ask(
+                lambda: self.store.read_response_events(reply.id, len(reply.entries) - 1)
+            )
+        except StoreUnavailable:
+            await self.health.back(self.patience.orphan)
+            return
+        except (UnknownResponse, EventsExpired):
+            reply.lose()
+            return
+        reply.stored = len(reply.entries) + len(read)
+        reply.feed([read_entry(data) for _, data in read])
+
+    async def _load(self, user: str, reply_id: str) -> Reply:
+        """A reply this process does not have: finished, orphaned, or written by another."""
+        try:
+            record = await self.health.ask(lambda: self.store.response(user, reply_id))
+            read = await self.health.ask(lambda: self.store.read_response_events(reply_id))
+        except UnknownResponse:
+            raise NotFound(f"no response {reply_id!r:.80}", code="response_not_found") from None
+        except EventsExpired:
+            raise NotFound(f"the log of {reply_id!r:.80} is no longer kept", code="resume_expired") from None
+        except StoreUnavailable:
+            raise Unavailable(
+                "stored replies cannot be reached", code="store_unavailable", retry_after=2
+            ) from None
+        if reply_id not in self._replies:  # else someone else loaded it meanwhile
+            plan = msgspec.msgpack.decode(record.body, type=Plan)
+            entries = [read_entry(data) for _, data in read]
+            self._own(Reply(plan, entries, stored=len(entries)))
+        return self._replies[reply_id]
+
+    # ------------------------------------------------------------ when nobody listens
+
+    def _watch(self, reply: Reply) -> None:
+        """(Re)start the clock on a reply nobody listens to: one being written is stopped, others are let
+        go."""
+        timer = self._timers.pop(reply.id, None)
+        if timer is not None:
+            timer.cancel()
+        if reply.listeners or self._replies.get(reply.id) is not reply:
+            return
+        if reply.done or reply.lost:
+            after, act = self.patience.keep, self._drop
+        elif reply.plan.background and reply.running:
+            return
+        else:
+            after, act = self.patience.orphan, self._abandon
+        self._timers[reply.id] = asyncio.get_running_loop().call_later(after, act, reply)
+
+    def _abandon(self, reply: Reply) -> None:
+        if reply.listeners:
+            return
+        if reply.running:
+            reply.cancel("disconnected")
+        else:
+            self._drop(reply)
+
+    def _drop(self, reply: Reply) -> None:
+        if self._replies.get(reply.id) is reply:
+            del self._replies[reply.id]
+        timer = self._timers.pop(reply.id, None)
+        if timer is not None:
+            timer.cancel()
+        task = self._tasks.get(reply.id)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
+
+def _checked(reply: Reply, user: str, same_as: str | None) -> Reply:
+    if reply.plan.user != user:
+        raise NotFound(f"no response {reply.id!r:.80}", code="response_not_found")
+    if same_as is not None and reply.plan.fingerprint != same_as:
+        raise Conflict(
+            "this event_id was used for a different request", code="idempotency_conflict", param="event_id"
+        )
+    return reply

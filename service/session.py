@@ -1,0 +1,423 @@
+"""One person's message, from what they said to the last word of the reply. Reads top to bottom.
+
+    answer:  pointer + history → prompt → the person's turn is saved → the reply is promised
+    speak:   stream → text → the reply's turn is saved → maybe a refresh
+
+`answer` runs in the request that asked and may refuse; `speak` runs in the reply's own task and outlives
+it. The pointer is read once, in `answer`: the reply keeps that version to its end."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+import structlog
+
+from engine.client import EngineClient, EngineLost
+from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingParams
+from personalization.history import Turn
+from personalization.prompt import Prompt, PromptTooLong, Renderer
+from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable
+from service.errors import BadRequest, Conflict, ContextTooLong, ModelNotFound, Unavailable
+from service.generation import FellBack, Generation
+from service.input import Said, brought_turns, checked_turn
+from service.metrics import Metrics
+from service.pen import Pen
+from service.protocol import CreateChatCompletion, CreateResponse, ModelName, parse_model
+from service.replies import Plan, Replies, Reply, fingerprint
+from service.store_health import StoreHealth
+from service.writing import Ending, Writing
+
+log = structlog.get_logger(__name__)
+
+NOT_SAVED = "history not saved"
+NOT_READ = "history not read"
+PEOPLE_REMEMBERED = 1024
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a request may leave out, and how patient a reply is, in seconds."""
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_output_tokens: int = 256
+    auto_refresh_after: int = 50  # learned turns; 0: never by itself
+    engine_patience: float = 120.0
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """The newest that was read of a person, for when the store is away."""
+
+    pointer: Pointer
+    turns: tuple[Turn, ...]
+
+
+@dataclass
+class Session:
+    store: Store
+    health: StoreHealth
+    engine: EngineClient
+    renderer: Renderer
+    replies: Replies
+    metrics: Metrics
+    options: SessionOptions
+    refresh: Callable[[str, str], Awaitable[object]]  # (user, reason)
+    clock: Callable[[], float]
+    new_id: Callable[[], str]  # hexadecimal, never the same twice
+    new_seed: Callable[[], int]
+    _remembered: OrderedDict[str, Remembered] = field(default_factory=OrderedDict)
+
+    # ------------------------------------------------------------ answer
+
+    async def answer(
+        self,
+        user: str,
+        asked: CreateResponse | CreateChatCompletion,
+        said: Said,
+        conversation: str | None,
+        *,
+        key: str | None = None,
+        stored_turns: bool = True,
+    ) -> Reply:
+        """A reply to `said`, running. The person's turn is saved before this returns.
+
+        `conversation` None begins a new one; `stored_turns` False: the client brings its turns along, those
+        stored are not read. `key` is the idempotency key: the same one again gives the reply it began.
+        Raises ApiError.
+        """
+        mark = fingerprint(asked)
+        name = self._reply_name(user, key)
+        begun = self.replies.here(user, f"resp_{name}", mark)
+        if begun is not None:
+            return begun
+        self.replies.check_room(user)
+        model = parse_model(asked.model)
+        if model is None:
+            raise ModelNotFound(asked.model)
+
+        recalled, read = await self._recall(user)
+        version = await self._version(user, model, asked.model, recalled.pointer)
+        where = conversation or f"conv_{self.new_id()}"
+        now = datetime.fromtimestamp(self.clock(), UTC)
+        current = await self._conversation(user, where, recalled, new=not (conversation and stored_turns))
+        current, turn = _with_message(current, said, where, now, turn_id=f"turn_{name}")
+        history = [turn for turn in recalled.turns if turn.conversation != where]
+        sampling = self._sampling(asked)
+        prompt = await self._prompt(history, current, said, sampling.max_tokens)
+
+        save = asked.store is not False
+        epoch = recalled.pointer.epoch if read else None
+        saved = turn is None or not save or await self._save(user, turn, epoch)
+        plan = Plan(
+            id=f"resp_{name}",
+            user=user,
+            epoch=epoch,
+            model=asked.model,
+            version=version,
+            conversation=where,
+            item_id=f"msg_{name}",
+            user_turn_id=turn.id if turn is not None and save else None,
+            created_at=now.timestamp(),
+            prompt=prompt.token_ids,
+            history_turns=prompt.history_turns,
+            truncated=prompt.truncated,
+            seed=sampling.seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            stop=(*_stops(asked.stop), *self.renderer.stop_strings),
+            stop_token_ids=self.renderer.eos_token_ids,
+            save=save,
+            saved=saved and save,
+            background=bool(getattr(asked, "background", False)),
+            instructions=said.instructions,
+            previous_response_id=getattr(asked, "previous_response_id", None),
+            metadata=_checked_metadata(asked.metadata),
+            fingerprint=mark,
+            notice="; ".join(
+                notice for notice, true in ((NOT_READ, not read), (NOT_SAVED, not saved)) if true
+            )
+            or None,
+        )
+        try:
+            return await self.replies.start(plan)
+        except HistoryForgotten:
+            raise Conflict("your history was forgotten while this was being asked") from None
+
+    async def pointer(self, user: str) -> Pointer:
+        """Where the person's adapter stands, as far as can be told."""
+        with suppress(StoreUnavailable):
+            return await self.health.ask(lambda: self.store.pointer(user))
+        return self._remembered[user].pointer if user in self._remembered else Pointer(0, None, 0)
+
+    async def prefetch(self, user: str) -> None:
+        """Have the engine fetch the person's adapter; a hint, so nothing here may fail what follows."""
+        pointer = await self.pointer(user)
+        if pointer.version and self.engine.connected:
+            with suppress(EngineLost):
+                await self.engine.prefetch(AdapterRef(self.store.adapter_id(user), pointer.version))
+
+    # ------------------------------------------------------------ speak
+
+    async def speak(self, reply: Reply, replies: Replies) -> None:
+        """Write the reply to its end; or the rest of it, when its log already has a beginning."""
+        plan = reply.plan
+        writing = Writing(reply, self.renderer.stream_decoder())
+        generation = Generation(
+            self.engine,
+            self.store.adapter_id(plan.user),
+            reply,
+            writing,
+            versions=lambda bad: self._versions_below(plan.user, bad),
+            clock=self.clock,
+            patience_s=self.options.engine_patience,
+            metrics=self.metrics,
+            new_id=self.new_id,
+        )
+        if not reply.entries:
+            await replies.write(reply, writing.opening())
+        finished = await self._listen(generation, writing, reply, replies)
+        ending = Ending.of(finished, stopped=writing.stopped, cancel_reason=reply.cancel_reason)
+        if plan.save and ending.status != "failed" and writing.text.strip():
+            writing.history_saved = await self._save(plan.user, self._reply_turn(writing), plan.epoch)
+            if not writing.history_saved and NOT_SAVED not in writing.notices:
+                writing.notices.append(NOT_SAVED)
+        numbers = generation.numbers(finished)
+        await replies.write(reply, writing.closing(ending, finished.usage, numbers, self.clock()))
+        self._count(ending, finished, generation.first_token_s)
+        if writing.history_saved:
+            await self._maybe_refresh(plan.user)
+
+    async def _listen(
+        self, generation: Generation, writing: Writing, reply: Reply, replies: Replies
+    ) -> FinishedEvent:
+        """Tokens into the log, until the engine has said why it stopped or a stop string was written."""
+        finished = generation.stopped_here()  # of a reply taken over after its stop string
+        async with Pen(replies, reply, writing) as pen, aclosing(generation.events()) as events:
+            if not writing.stopped:
+                async for event in events:
+                    if isinstance(event, FinishedEvent):
+                        finished = event
+                        writing.finish()
+                    elif isinstance(event, FellBack):
+                        await pen.lift()
+                        await replies.write(reply, writing.served_by(event.version, event.notice))
+                    else:
+                        writing.hear(event.token_ids)
+                        pen.touch()
+                    if writing.stopped:
+                        finished = generation.stopped_here()
+                        break
+            await pen.lift()
+        return finished
+
+    async def _maybe_refresh(self, user: str) -> None:
+        """Ask for a refresh once enough was said that no refresh has seen. It never costs the reply."""
+        if not self.options.auto_refresh_after:
+            return
+        try:
+            fresh = await self.health.ask(lambda: self.store.learned_since_refresh(user))
+            if fresh >= self.options.auto_refresh_after:
+                await self.refresh(user, "turns")
+        except StoreUnavailable:
+            pass
+        except Exception:
+            log.exception("a refresh could not be asked for")
+
+    # ------------------------------------------------------------ what both need
+
+    async def _recall(self, user: str) -> tuple[Remembered, bool]:
+        """The person's pointer and newest turns; while the store is away what was last read, and False."""
+        with suppress(StoreUnavailable):
+            pointer = await self.health.ask(lambda: self.store.pointer(user))
+            turns = await self.health.ask(lambda: self.store.recent(user, self._turns_that_may_fit))
+            self._remember(user, Remembered(pointer, tuple(turns)))
+            return self._remembered[user], True
+        return self._remembered.get(user, Remembered(Pointer(0, None, 0), ())), False
+
+    def _remember(self, user: str, what: Remembered) -> None:
+        self._remembered[user] = what
+        self._remembered.move_to_end(user)
+        while len(self._remembered) > PEOPLE_REMEMBERED:
+            self._remembered.popitem(last=False)
+
+    def forget(self, user: str) -> None:
+        self._remembered.pop(user, None)
+
+    async def _version(self, user: str, model: ModelName, asked: str, pointer: Pointer) -> int:
+        """The adapter version a model name means for this person. Raises ModelNotFound, Unavailable."""
+        if model.base or model.version == 0:
+            return 0
+        if model.version is None or model.version == pointer.version:
+            return pointer.version
+        try:
+            records = await self.health.ask(lambda: self.store.versions(user))
+        except StoreUnavailable:
+            raise Unavailable("versions cannot be read", code="store_unavailable", retry_after=2) from None
+        if not any(record.version == model.version and record.accepted for record in records):
+            raise ModelNotFound(asked)
+        return model.version
+
+    async def _versions_below(self, user: str, bad: int) -> list[int]:
+        """Accepted versions older than a bad one, newest first; none while the store is away."""
+        try:
+            records = await self.health.ask(lambda: self.store.versions(user))
+        except StoreUnavailable:
+            return []
+        return sorted(
+            (record.version for record in records if record.accepted and record.version < bad), reverse=True
+        )
+
+    async def _conversation(
+        self, user: str, conversation: str, recalled: Remembered, *, new: bool
+    ) -> list[Turn]:
+        """The turns of one conversation, as far back as it goes."""
+        if new:
+            return []
+        with suppress(StoreUnavailable):
+            return await self.health.ask(lambda: self.store.conversation(user, conversation))
+        return [turn for turn in recalled.turns if turn.conversation == conversation]
+
+    @property
+    def _turns_that_may_fit(self) -> int:
+        """How many turns are read for one prompt: a turn with its frame is seldom below eight tokens."""
+        return min(2_000, max(64, self.renderer.context_length // 8))
+
+    async def _prompt(
+        self, history: Sequence[Turn], current: Sequence[Turn], said: Said, max_new_tokens: int
+    ) -> Prompt:
+        try:
+            return await asyncio.to_thread(
+                self.renderer.prompt,
+                _settled(history),
+                _settled(current),
+                max_new_tokens=max_new_tokens,
+                instructions=said.instructions,
+            )
+        except PromptTooLong as error:
+            raise ContextTooLong(str(error), param="input") from None
+
+    def _sampling(self, asked: CreateResponse | CreateChatCompletion) -> SamplingParams:
+        """What was asked, with defaults; at most half the context is for the reply. Raises BadRequest."""
+        if isinstance(asked, CreateResponse):
+            wanted, field_name = asked.max_output_tokens, "max_output_tokens"
+        else:
+            wanted, field_name = asked.max_completion_tokens or asked.max_tokens, "max_completion_tokens"
+        most = self.renderer.context_length // 2
+        options = self.options
+        try:
+            sampling = SamplingParams(
+                temperature=options.temperature if asked.temperature is None else asked.temperature,
+                top_p=options.top_p if asked.top_p is None else asked.top_p,
+                top_k=asked.top_k or 0,
+                min_p=asked.min_p or 0.0,
+                seed=self.new_seed() if asked.seed is None else asked.seed,
+                max_tokens=options.max_output_tokens if wanted is None else wanted,
+            )
+        except InvalidRequest as error:
+            param = field_name if error.field == "max_tokens" else error.field
+            message = f"{param}: expected {error.expected}, got {error.got!r}"
+            raise BadRequest(message, param=param) from None
+        return replace(sampling, max_tokens=min(sampling.max_tokens, most))
+
+    async def _save(self, user: str, turn: Turn, epoch: int | None) -> bool:
+        """Append a turn; False when the store could not be reached for that. A short absence is waited out,
+        and sending a turn again is harmless."""
+        saved = False
+        for _ in range(2):
+            with suppress(StoreUnavailable):
+                await self.health.ask(lambda: self.store.append(user, [turn], epoch=epoch))
+                saved = True
+                break
+        known = self._remembered.get(user)
+        if known is not None:
+            self._remember(user, replace(known, turns=(*known.turns, turn)))
+        if not saved:
+            self.metrics.unsaved.inc()
+        return saved
+
+    def _reply_turn(self, writing: Writing) -> Turn:
+        plan = writing.plan
+        return Turn(
+            id=plan.item_id,
+            conversation=plan.conversation,
+            at=datetime.fromtimestamp(self.clock(), UTC),
+            role="assistant",
+            text=writing.text,
+            author="model",
+            version=writing.version,
+        )
+
+    def _reply_name(self, user: str, key: str | None) -> str:
+        """What the ids of a reply and its turns end in: random, or the same for the same idempotency key."""
+        if key is None:
+            return self.new_id()
+        return hashlib.sha256(f"{self.store.adapter_id(user)}\0{key}".encode()).hexdigest()[:32]
+
+    def _count(self, ending: Ending, finished: FinishedEvent, first_token_s: float | None) -> None:
+        metrics, usage, timings = self.metrics, finished.usage, finished.timings
+        metrics.replies.labels(outcome=ending.reason or ending.status).inc()
+        metrics.output_tokens.inc(usage.completion_tokens)
+        metrics.prompt_tokens.labels(cached="yes").inc(usage.cached_tokens)
+        metrics.prompt_tokens.labels(cached="no").inc(usage.prompt_tokens - usage.cached_tokens)
+        metrics.queued.observe(timings.queued_s)
+        metrics.adapter_load.labels(tier=timings.adapter_tier).observe(timings.adapter_load_s)
+        if first_token_s is not None:
+            metrics.first_token.observe(first_token_s)
+
+
+def _with_message(
+    stored: Sequence[Turn], said: Said, conversation: str, now: datetime, *, turn_id: str
+) -> tuple[list[Turn], Turn | None]:
+    """The conversation to reply to, and the person's new turn in it. Without a new message it ends at their
+    last one, whatever was replied to that before. Raises BadRequest."""
+    turns = [*stored, *brought_turns(said, conversation, now)]
+    if said.text is not None:
+        turn = checked_turn(
+            id=turn_id, conversation=conversation, at=now, role="user", text=said.text, author="person"
+        )
+        return [*turns, turn], turn
+    while turns and turns[-1].role != "user":
+        turns.pop()
+    if not turns:
+        raise BadRequest("input: expected a message, or a conversation to reply to again", param="input")
+    return turns, None
+
+
+def _settled(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without replies that were asked for again: of our replies in a row, the last one counts."""
+    return [
+        turn
+        for turn, after in zip(turns, [*turns[1:], None], strict=False)
+        if not (
+            _ours(turn) and after is not None and _ours(after) and after.conversation == turn.conversation
+        )
+    ]
+
+
+def _ours(turn: Turn) -> bool:
+    return turn.author == "model" and turn.version is not None
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(stops) > 16 or any(not 1 <= len(each) <= 256 for each in stops):
+        raise BadRequest("stop: expected at most 16 strings of 1 to 256 characters", param="stop")
+    return stops
+
+
+def _checked_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
+    metadata = metadata or {}
+    if len(metadata) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in metadata.items()):
+        raise BadRequest(
+            "metadata: expected at most 16 pairs, names up to 64 and values up to 512 characters",
+            param="metadata",
+        )
+    return metadata

@@ -1,0 +1,234 @@
+"""Settings of the whole service: one frozen object, read once at the entry and handed down.
+
+Sources, weakest first: the defaults below, `ATTUNE_*` variables, command-line flags. Only `cli.py` looks at
+the environment; it passes the mapping to `Settings.read`. A child process gets the same settings back through
+`Settings.environment`, so a value is decided in one place only.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+PREFIX = "ATTUNE_"
+# sun_path holds 108 bytes on Linux and 104 elsewhere; the longest name we put in the folder is 12 bytes.
+LONGEST_SOCKET_PATH = 100
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SECRET_BYTES = 32
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. `key` names it as the person wrote it."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+
+
+def _commas(value: object) -> object:
+    """'a, b' -> ('a', 'b'), so that a list fits one variable."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _optional(value: object) -> object:
+    """An empty variable or 'none' means: not set."""
+    return None if value in ("", "none") else value
+
+
+class Settings(BaseModel):
+    """Everything a person may choose. Frozen; a bad value is an error that names its key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # where
+    data: Path = Path("data")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=1, le=65535)
+    redis_url: Annotated[str | None, BeforeValidator(_optional)] = None  # None: a private server in `data`
+
+    # the base model: "demo", a local Hugging Face folder or a hub id; the name people see, when it is another
+    model: str = "demo"
+    model_name: Annotated[str | None, BeforeValidator(_optional)] = None
+
+    # engine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    arena_mb: int = Field(default=1024, ge=16)  # K/V and adapters on the device
+    host_cache_mb: int = Field(default=512, ge=0)  # adapters kept in host memory
+    max_running: int = Field(default=256, ge=1)  # sequences in one step
+    max_step_tokens: int = Field(default=512, ge=16)  # tokens computed in one step
+    threads: int = Field(default=0, ge=0)  # of the engine's arithmetic; 0: all cores
+
+    # learning
+    auto_refresh_after: int = Field(default=50, ge=0)  # new learned turns; 0: never by itself
+    nightly_hour: Annotated[int | None, BeforeValidator(_optional)] = Field(default=3, ge=0, le=23)  # local
+    train_threads: int = Field(default=0, ge=0)  # 0: all cores
+
+    # people
+    token_hours: float = Field(default=24.0, gt=0)
+    demo_users: Literal["auto", "on", "off"] = "auto"  # the page's user switcher; auto: on loopback only
+    origins: Annotated[tuple[str, ...], BeforeValidator(_commas)] = ()  # besides the page's own
+
+    # how it runs
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    fsync: Literal["everysec", "always"] = "everysec"  # what a power cut may cost: about a second, or nothing
+    web_root: Annotated[Path | None, BeforeValidator(_optional)] = None  # None: the page that came with us
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], **flags: Any) -> Self:
+        """Defaults, then `ATTUNE_*` of the environment, then flags that are not None.
+
+        Raises SettingsError that names the first bad key, also for an unknown `ATTUNE_` variable: a typo
+        that is silently ignored costs an evening.
+        """
+        values: dict[str, Any] = {
+            name.removeprefix(PREFIX).lower(): value
+            for name, value in environment.items()
+            if name.startswith(PREFIX)
+        }
+        named = {key: f"{PREFIX}{key.upper()}" for key in values}
+        given = {key: value for key, value in flags.items() if value is not None}
+        named.update({key: "--" + key.replace("_", "-") for key in given})
+        try:
+            settings = cls(**(values | given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                raise SettingsError(named.get(key, key), "there is no such setting") from None
+            raise SettingsError(named.get(key, key), f"{first['msg']}; got {first['input']!r}") from None
+        return settings.model_copy(update={"data": settings.data.expanduser().absolute()})
+
+    def environment(self) -> dict[str, str]:
+        """These settings as variables for a child process: `Settings.read(s.environment()) == s`."""
+        plain: dict[str, str] = {}
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, tuple):
+                value = ",".join(value)
+            plain[f"{PREFIX}{key.upper()}"] = "" if value is None else str(value)
+        return plain
+
+    # derived: facts of the settings, never stored twice
+
+    @property
+    def adapter_root(self) -> Path:
+        return self.data / "adapters"
+
+    @property
+    def secret_path(self) -> Path:
+        return self.data / "secret"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.data / "lock"
+
+    @property
+    def redis_folder(self) -> Path:
+        return self.data / "redis"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the sockets are: `data/run`, or a short temporary folder when that path is too long."""
+        folder = self.data / "run"
+        if len(os.fsencode(folder / "engine.sock")) <= LONGEST_SOCKET_PATH:
+            return folder
+        name = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"attune-{os.getuid()}-{name}"
+
+    @property
+    def engine_socket(self) -> Path:
+        return self.run_folder / "engine.sock"
+
+    @property
+    def redis_socket(self) -> Path:
+        return self.run_folder / "redis.sock"
+
+    @property
+    def redis_address(self) -> str:
+        """What `redis.asyncio.Redis.from_url` takes: the given server, or the private one's socket."""
+        return self.redis_url or f"unix://{self.redis_socket}"
+
+    @property
+    def page_address(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
+
+    @property
+    def demo_sessions(self) -> bool:
+        """Whether the page may hand out tokens by name: on one machine yes, on a network only when asked."""
+        return self.demo_users == "on" or (self.demo_users == "auto" and self.host in LOOPBACK)
+
+    @property
+    def page_folder(self) -> Path:
+        """The built page: inside the installed package, or `web/dist` of a checkout."""
+        if self.web_root is not None:
+            return self.web_root
+        packaged = Path(__file__).parent / "page"
+        return packaged if packaged.is_dir() else Path(__file__).parent.parent / "web" / "dist"
+
+    @property
+    def shown_model(self) -> str:
+        return self.model_name or self.model
+
+
+def private_folder(path: Path) -> Path:
+    """Make `path` a folder only this user can enter, or refuse: whoever owns it owns the sockets in it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise SettingsError(str(path), "expected a folder of this user, got something else")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        path.chmod(0o700)
+    return path
+
+
+def read_or_create_secret(path: Path) -> bytes:
+    """The installation's secret, 32 bytes; made at the first start, readable by this user only.
+
+    Adapter ids are keyed with it, so losing it orphans every adapter: it is never replaced, and a file that
+    is not 64 hex digits is an error, not a reason to make a new one.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(aside, path)  # unlike a rename, never replaces a secret another process made meanwhile
+        except FileExistsError:
+            pass
+        finally:
+            aside.unlink()
+        text = path.read_text()
+    try:
+        secret = bytes.fromhex(text.strip())
+    except ValueError:
+        secret = b""
+    if len(secret) != SECRET_BYTES:
+        raise SettingsError(str(path), f"expected {2 * SECRET_BYTES} hex digits, got something else")
+    return secret
+
+
+def token_key(secret: bytes) -> bytes:
+    """The key bearer tokens are signed with.
+
+    Not the secret itself: adapter ids are HMAC(secret, user) and appear as folder names, so a user named like
+    the body of a token would read its signature off the disk.
+    """
+    return hmac.new(secret, b"attune bearer tokens", hashlib.sha256).digest()

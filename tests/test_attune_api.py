@@ -1,0 +1,236 @@
+"""Our own endpoints: coming in, the adapter, history in and out, what was learned; health, metrics, the
+page."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from personalization.history import Turn
+from service.limits import Limits
+from service.page import NOT_BUILT, page_app
+from tests.tiny_service import Running, TinyService
+
+pytest_plugins = ("tests.service_fixtures",)
+
+
+def web(gateway: Running, user: str | None = "ann", **headers: str) -> httpx2.AsyncClient:
+    credential = {} if user is None else gateway.headers(user)
+    return httpx2.AsyncClient(base_url=gateway.url, headers=credential | headers)
+
+
+def turn(number: int, **changes: Any) -> Turn:
+    at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=number)
+    said = {"role": "user", "text": f"turn {number}", "author": "person"} | changes
+    return Turn(id=f"t{number}", conversation="c", at=at, **said)
+
+
+async def test_everything_of_ours_wants_a_credential(service: TinyService) -> None:
+    paths = {
+        "GET": ("me", "conversations", "conversations/c", "versions", "export", "turns/learned"),
+        "POST": ("tickets", "rollback", "refresh", "import"),
+        "DELETE": ("me", "turns/t/learning"),
+    }
+    async with service.gateway() as gateway, web(gateway, None) as client:
+        for method, names in paths.items():
+            for name in names:
+                answer = await client.request(method, f"/attune/{name}")
+                assert answer.status_code == 401, name
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_me_says_who_which_adapter_and_what_there_is_to_learn(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        await service.store.append("ann", [turn(0), turn(1, role="assistant", author="model")])
+        version = await service.give_adapter("ann", 1)
+        me = (await client.get("/attune/me")).json()
+        assert me["user"] == "ann"
+        assert (me["adapter"]["version"], me["adapter"]["base"]) == (version, "tiny")
+        assert datetime.fromisoformat(me["adapter"]["updated_at"]).tzinfo is not None
+        assert (me["learned_turns"], me["learned_since_refresh"]) == (1, 1)
+        assert me["samples"] == [{"name": "sam", "title": "Sam", "blurb": "a sample"}]
+        assert me["limits"]["context_tokens"] == 1024
+
+
+async def test_conversations_are_listed_and_read_by_their_owner_only(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as ann, web(gateway, "ben") as ben:
+        await service.store.append("ann", [turn(0), turn(1, role="assistant", author="model", version=2)])
+        (summary,) = (await ann.get("/attune/conversations")).json()["conversations"]
+        assert (summary["id"], summary["title"], summary["turns"]) == ("c", "turn 0", 2)
+        turns = (await ann.get("/attune/conversations/c")).json()["turns"]
+        assert [(t["role"], t["text"], t["version"]) for t in turns] == [
+            ("user", "turn 0", None),
+            ("assistant", "turn 1", 2),
+        ]
+        assert {"id", "at", "author", "rating"} <= set(turns[0])
+        assert (await ben.get("/attune/conversations")).json()["conversations"] == []
+        assert (await ben.get("/attune/conversations/c")).status_code == 404
+
+
+async def test_an_export_imports_into_the_same_history(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        await service.store.append("ann", [turn(0), turn(1, role="assistant", author="model", rating="up")])
+        exported = await client.get("/attune/export")
+        assert exported.headers["content-type"].startswith("application/x-ndjson")
+        again = (await client.post("/attune/import", content=exported.content)).json()
+        assert again == {"imported": 0, "known": 2, "errors": []}
+        await service.store.forget("ann")
+        assert (await client.post("/attune/import", content=exported.content)).json()["imported"] == 2
+        assert (await client.get("/attune/export")).content == exported.content
+
+
+async def test_an_import_reports_bad_lines_and_leaves_other_peoples_out(service: TinyService) -> None:
+    line = {"user": "ann", "conversation": "c", "at": "2026-01-01T00:00:00Z", "role": "user", "text": "hi"}
+    lines = [line, {**line, "user": "ben"}, "nonsense", {**line, "at": "2099-01-01T00:00:00Z"}]
+    body = "\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines)
+    async with service.gateway() as gateway, web(gateway) as client:
+        told = (await client.post("/attune/import", content=body)).json()
+        assert told["imported"] == 1
+        assert sorted(error["line"] for error in told["errors"]) == [0, 3, 4]
+        assert await service.store.turns("ben") == []
+
+
+async def test_a_learned_turn_can_be_taken_out_of_learning(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client, web(gateway, "ben") as ben:
+        await service.store.append("ann", [turn(0), turn(1)])
+        assert len((await client.get("/attune/turns/learned")).json()["turns"]) == 2
+        assert (await ben.delete("/attune/turns/t0/learning")).status_code == 404
+        assert (await client.delete("/attune/turns/t0/learning")).status_code == 200
+        (left,) = (await client.get("/attune/turns/learned")).json()["turns"]
+        assert left["id"] == "t1"
+        assert len((await client.get("/attune/conversations/c")).json()["turns"]) == 2
+
+
+async def test_versions_are_shown_and_one_can_be_gone_back_to(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client, web(gateway, "ben") as ben:
+        await service.give_adapter("ann", 1)
+        await service.give_adapter("ann", 2)
+        told = (await client.get("/attune/versions")).json()
+        assert told["serving"] == 2
+        assert [(v["version"], v["parent"], v["serving"]) for v in told["versions"]] == [
+            (2, 1, True),
+            (1, 0, False),
+        ]
+        assert (await client.post("/attune/rollback", json={"version": 1})).status_code == 200
+        assert (await client.post("/attune/rollback", json={"version": 9})).status_code == 404
+        assert (await ben.post("/attune/rollback", json={"version": 1})).status_code == 404
+        assert (await client.post("/attune/rollback", json={"version": "x"})).status_code == 400
+        assert gateway.calls.rollbacks == [("ann", 1)]
+
+
+async def test_a_refresh_is_asked_for_by_its_person(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        answer = await client.post("/attune/refresh")
+        assert (answer.status_code, answer.json()) == (202, {"job_id": "job-1", "state": "queued"})
+        assert gateway.calls.refreshes == [("ann", "asked")]
+
+
+async def test_forgetting_stops_what_is_written_and_leaves_nothing_behind(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        sdk = gateway.client("ann")
+        begun = await sdk.responses.create(model="me", input="hello", background=True, max_output_tokens=500)
+        forgotten = await client.delete("/attune/me")
+        assert forgotten.status_code == 200
+        assert forgotten.json()["forgotten"]["turns"] >= 1
+        assert gateway.calls.forgotten == ["ann"]
+        assert await service.store.turns("ann") == []
+        assert (await client.get(f"/v1/responses/{begun.id}")).status_code == 404
+        again = await sdk.responses.create(model="me", input="hello again", max_output_tokens=2)
+        assert again.metadata is not None
+        assert again.metadata["history_saved"] == "true"
+        assert len(await service.store.turns("ann")) == 2
+
+
+async def test_a_demo_person_gets_a_token_only_where_that_is_enabled(service: TinyService) -> None:
+    async with service.gateway(demo_hours=1) as gateway, web(gateway, None) as client:
+        given = (await client.post("/attune/demo/session", json={"user": "sam"})).json()
+        assert given["user"] == "sam"
+        headers = {"authorization": f"Bearer {given['token']}"}
+        assert (await client.get("/attune/me", headers=headers)).json()["user"] == "sam"
+        assert (await client.post("/attune/demo/session", json={"user": ""})).status_code == 400
+        foreign = {"origin": "http://evil.example"}
+        refused = await client.post("/attune/demo/session", json={"user": "sam"}, headers=foreign)
+        assert refused.status_code == 403
+    async with service.gateway() as gateway, web(gateway, None) as client:
+        assert (await client.post("/attune/demo/session", json={"user": "sam"})).status_code == 404
+
+
+async def test_a_foreign_page_can_do_nothing_even_with_a_token(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway, origin="http://evil.example") as client:
+        for path in ("/attune/me", "/v1/models"):
+            answer = await client.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_origin")
+
+
+async def test_a_body_beyond_the_limit_is_refused(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        answer = await client.post("/v1/responses", content=b"x" * ((1 << 20) + 1))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
+async def test_guessing_tokens_shuts_the_address_out(service: TinyService) -> None:
+    async with service.gateway(limits=Limits(address_failures="3/minute")) as gateway:
+        async with web(gateway, None) as stranger:
+            codes = [(await stranger.get("/attune/me")).status_code for _ in range(4)]
+        assert codes == [401, 401, 401, 429]
+
+
+async def test_unknown_addresses_and_methods_are_errors_in_the_same_form(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        for method, path, status in (("GET", "/v1/nothing", 404), ("PUT", "/v1/responses", 405)):
+            answer = await client.request(method, path)
+            assert answer.status_code == status
+            assert answer.json()["error"]["message"]
+
+
+async def test_health_and_readiness(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway, None) as client:
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        ready = await client.get("/ready")
+        assert ready.json() == {"ready": True, "checks": {"store": True, "engine": True, "adapters": True}}
+        service.adapter_root.rmdir()
+        assert (await client.get("/ready")).status_code == 503
+        service.adapter_root.mkdir()
+
+
+async def test_metrics_count_and_name_nobody(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway, "ann-the-secret") as client:
+        await gateway.client("ann-the-secret").responses.create(
+            model="me", input="a private word", conversation="private", max_output_tokens=3
+        )
+        await client.get("/attune/conversations/private")
+        page = (await client.get("/metrics")).text
+        assert "attune_output_tokens_total 3.0" in page
+        assert 'attune_replies_total{outcome="max_output_tokens"} 1.0' in page
+        assert 'route="conversation",status="200"' in page
+        for secret in ("secret", "private", service.store.adapter_id("ann-the-secret")):
+            assert secret not in page
+
+
+async def test_the_page_comes_with_headers_that_let_nothing_foreign_in(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway, None) as client:
+        page = await client.get("/")
+        assert "Attune" in page.text
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert page.headers["cache-control"] == "no-cache"
+        asset = await client.get("/assets/app-1a2b.js")
+        assert "immutable" in asset.headers["cache-control"]
+        assert (await client.get("/%2e%2e/adapters")).status_code == 404
+        assert (await client.get("/nothing")).status_code == 404
+        assert "content-security-policy" in (await client.get("/v1/models")).headers
+
+
+@pytest.mark.parametrize(("path", "status"), [("/", 503), ("/assets/x.js", 404)])
+async def test_a_page_that_is_not_built_says_how_to_build_it(tmp_path: Path, path: str, status: int) -> None:
+    transport = httpx2.ASGITransport(app=page_app(tmp_path))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+        answer = await client.get(path)
+        assert answer.status_code == status
+        assert (answer.text == NOT_BUILT.format(folder=tmp_path)) is (status == 503)

@@ -1,0 +1,128 @@
+"""The terminal chat and its client, against a small server that loses its sockets on purpose."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from websockets.asyncio.server import Server, ServerConnection, serve
+
+from service.chat import ChatClient, ChatRefused, Terminal, notice_of, who
+
+Handler = Callable[[ServerConnection, dict[str, Any]], Awaitable[None]]
+
+
+@asynccontextmanager
+async def answering(handle: Handler) -> AsyncIterator[str]:
+    """A server that gives each message to `handle`; yields its address."""
+
+    async def talk(socket: ServerConnection) -> None:
+        async for message in socket:
+            await handle(socket, json.loads(message))
+
+    server: Server
+    async with serve(talk, "127.0.0.1", 0, subprotocols=["attune.v1.json"]) as server:  # type: ignore[list-item]
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def reply_events(text: str, version: int = 3) -> list[dict[str, Any]]:
+    response = {"id": "resp_1", "metadata": {"adapter_version": str(version)}}
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": response}]
+    events += [{"type": "response.output_text.delta", "delta": word} for word in text.split(" ")]
+    events += [{"type": "response.completed", "response": response}]
+    return [e | {"sequence_number": n, "response_id": "resp_1"} for n, e in enumerate(events)]
+
+
+async def test_a_reply_goes_on_where_it_stopped_when_the_socket_is_lost() -> None:
+    events = reply_events("one two three four")
+    asked: list[dict[str, Any]] = []
+
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        asked.append(message)
+        if message["type"] == "response.create":
+            for event in events[:3]:
+                await socket.send(json.dumps(event))
+            await socket.close(1012)
+        else:
+            for event in events[2:]:  # one the client has seen already, then the rest
+                await socket.send(json.dumps(event))
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("count")
+        said = [e["delta"] async for e in client.reply() if e["type"] == "response.output_text.delta"]
+    assert said == ["one", "two", "three", "four"]
+    assert asked[1] == {"type": "response.resume", "response_id": "resp_1", "starting_after": 2}
+
+
+async def test_a_message_that_got_no_answer_is_sent_again_under_its_own_id() -> None:
+    asked: list[dict[str, Any]] = []
+
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        asked.append(message)
+        if len(asked) == 1:
+            await socket.close(1011)
+            return
+        for event in reply_events("done"):
+            await socket.send(json.dumps(event))
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("hello", model="base")
+        assert [e["type"] async for e in client.reply()][-1] == "response.completed"
+    assert asked[0] == asked[1]
+    assert asked[0]["model"] == "base"
+
+
+async def test_a_socket_closed_for_a_bad_credential_is_not_tried_again() -> None:
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        await socket.close(4401, "the token has expired")
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("hello")
+        with pytest.raises(ChatRefused, match="4401: the token has expired"):
+            await client.next_event()
+
+
+async def test_an_error_ends_the_wait_for_a_reply() -> None:
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        error = {"type": "error", "code": "context_length_exceeded", "event_id": message["event_id"]}
+        await socket.send(json.dumps(error))
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("long")
+        assert [e["code"] async for e in client.reply()] == ["context_length_exceeded"]
+        assert not client.replying
+
+
+async def test_the_terminal_names_the_version_that_answers_and_takes_commands() -> None:
+    asked: list[dict[str, Any]] = []
+
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        asked.append(message)
+        if message["type"] == "response.create":
+            for event in reply_events("hi", version=3 if message["model"] == "me" else 0):
+                await socket.send(json.dumps(event))
+        else:
+            await socket.send(json.dumps({"type": "adapter.updated", "from": 3, "to": 4}))
+
+    async def lines() -> AsyncIterator[str]:
+        for line in ("hello\n", "/base hello\n", "/refresh\n"):
+            yield line
+        await asyncio.sleep(0.2)  # time for the news of the refresh
+        yield "/quit\n"
+
+    written: list[str] = []
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await Terminal(client, lines(), written.append).run()
+    shown = "".join(written)
+    assert "me v3> hi\n" in shown
+    assert "base> hi\n" in shown
+    assert "[your adapter is now version 4]" in shown
+    assert [m["type"] for m in asked] == ["response.create", "response.create", "adapter.refresh.create"]
+
+
+def test_only_what_a_person_wants_to_know_becomes_a_notice() -> None:
+    assert notice_of({"type": "adapter.refresh.progress", "progress": 0.5}) is None
+    assert "boom" in str(notice_of({"type": "adapter.refresh.failed", "message": "boom"}))
+    assert who({"metadata": {"adapter_version": "0"}}) == "base"

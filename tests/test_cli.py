@@ -1,0 +1,67 @@
+"""The commands without a running service: help, tokens, and mistakes told in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jwt
+import pytest
+
+from service.auth import ALGORITHM, AUDIENCE
+from service.settings import read_or_create_secret, token_key
+
+
+def attune(*arguments: str, code: int = 0, **environment: str) -> str:
+    """Run a command; its standard output, or standard error when it is to fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", *arguments],
+        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment},
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_a_token_is_signed_for_a_person_and_a_time(tmp_path: Path) -> None:
+    told = json.loads(attune("token", "ada", "--hours", "2", "--json", "--data", str(tmp_path)))
+    key = token_key(read_or_create_secret(tmp_path / "secret"))
+    claims = jwt.decode(told["token"], key, algorithms=[ALGORITHM], audience=AUDIENCE)
+    assert claims["sub"] == "ada"
+    assert claims["exp"] - claims["iat"] == 7200
+    assert told["expires_at"] == claims["exp"]
+    assert attune("token", "ada", "--data", str(tmp_path)).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("export", "ada"), "does not run on"),
+        (("forget", "ada", "--yes"), "does not run on"),
+        (("token", ""), "user"),
+        (("serve", "--model", "dmeo"), "expected demo, a folder, or a hub id"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(
+    arguments: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    error = attune(*arguments, "--data", str(tmp_path), code=2)
+    assert told in error
+    assert error.startswith("attune: ")
+    assert error.count("\n") == 1
+
+
+def test_a_setting_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    error = attune("token", "ada", "--data", str(tmp_path), code=2, ATTUNE_PROT="80")
+    assert error == "attune: ATTUNE_PROT: there is no such setting\n"
+
+
+def test_every_command_has_help_and_json() -> None:
+    listed = attune("--help")
+    for name in (
+        "serve", "engine", "gateway", "worker", "token", "chat", "import", "export", "refresh", "adapters",
+        "rollback", "import-adapter", "forget",
+    ):  # fmt: skip
+        assert name in listed
+    for name in ("token", "import", "refresh", "forget"):
+        assert "--json" in attune(name, "--help")

@@ -1,0 +1,431 @@
+"""What a chat survives: a gateway, an engine or a Redis that dies, a bad adapter, a client that sleeps."""
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import openai
+import pytest
+import websockets
+
+from personalization.store import Store, connect
+from service.session import NOT_SAVED, SessionOptions
+from tests.redis_fixture import SECRET, RedisServer
+from tests.tiny_service import TOKEN_KEY, Running, TinyService
+
+pytest_plugins = ("tests.service_fixtures",)
+
+LONG = 250
+
+
+async def alone(service: TinyService, message: str, *, seed: int = 1, tokens: int = LONG, **more: Any) -> str:
+    """What the base writes to this message when nothing goes wrong."""
+    async with service.gateway() as gateway:
+        reply = await gateway.client("control").responses.create(
+            model="base",
+            input=message,
+            store=False,
+            max_output_tokens=tokens,
+            extra_body={"seed": seed, **more},
+        )
+        return reply.output_text
+
+
+@asynccontextmanager
+async def gateway_process(service: TinyService, redis_url: str) -> AsyncIterator[tuple[Any, int]]:
+    """A gateway of its own process, and its port."""
+    given = {
+        "redis": redis_url,
+        "secret": SECRET.decode(),
+        "engine": str(service.engine.socket),
+        "token_key": TOKEN_KEY.decode(),
+        "adapters": str(service.adapter_root),
+        "model": str(service.model.folder),
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.gateway_program", json.dumps(given), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        yield process, int(await asyncio.wait_for(process.stdout.readline(), 60))
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------- the gateway
+
+
+async def test_a_reply_goes_on_on_another_gateway_after_kill_9(service: TinyService, redis_url: str) -> None:
+    expected = await alone(service, "hello")
+    async with service.gateway() as other:
+        headers = other.headers("ann")
+        async with gateway_process(service, redis_url) as (process, port):
+            url = f"ws://127.0.0.1:{port}/v1/responses"
+            async with websockets.connect(url, additional_headers=headers) as connection:
+                create = {
+                    "type": "response.create", "input": "hello", "model": "base", "seed": 1,
+                    "max_output_tokens": LONG,
+                }  # fmt: skip
+                await connection.send(json.dumps(create))
+                seen = [json.loads(await connection.recv()) for _ in range(40)]
+                process.send_signal(signal.SIGKILL)
+                with suppress(websockets.ConnectionClosed):
+                    while True:
+                        seen.append(json.loads(await connection.recv()))
+        reply, last = seen[0]["response_id"], seen[-1]["sequence_number"]
+        assert seen[-1]["type"] == "response.output_text.delta"
+        rest = await other.client("ann").responses.retrieve(reply, stream=True, starting_after=last)
+        events = [event.to_dict() async for event in rest]
+        numbers = [event["sequence_number"] for event in (*seen, *events)]
+        assert numbers == list(range(len(numbers)))
+        said = [e["delta"] for e in (*seen, *events) if e["type"] == "response.output_text.delta"]
+        assert "".join(said) == expected
+        assert events[-1]["response"]["output"][0]["content"][0]["text"] == expected
+        turns = await service.store.turns("ann")
+        assert [turn.text for turn in turns] == ["hello", expected]
+
+
+async def test_two_gateways_that_are_asked_for_an_orphan_write_it_once(
+    service: TinyService, redis_url: str
+) -> None:
+    expected = await alone(service, "hello")
+    async with service.gateway() as one, service.gateway() as two:
+        async with gateway_process(service, redis_url) as (_, port):
+            client = openai.AsyncOpenAI(
+                base_url=f"http://127.0.0.1:{port}/v1", api_key=one.token("ann"), max_retries=0
+            )
+            async with client:
+                begun = await client.responses.create(
+                    model="base",
+                    input="hello",
+                    background=True,
+                    max_output_tokens=LONG,
+                    extra_body={"seed": 1},
+                )
+
+        async def rest(gateway: Running) -> list[Any]:
+            stream = await gateway.client("ann").responses.retrieve(begun.id, stream=True)
+            return [event.to_dict() async for event in stream]
+
+        first, second = await asyncio.gather(rest(one), rest(two))
+        assert first == second
+        assert first[-1]["response"]["output"][0]["content"][0]["text"] == expected
+
+
+async def test_a_gateway_follows_what_another_writes(service: TinyService) -> None:
+    async with service.gateway() as one, service.gateway() as two:
+        begun = await one.client("ann").responses.create(
+            model="me", input="hello", background=True, max_output_tokens=LONG
+        )
+        stream = await two.client("ann").responses.retrieve(begun.id, stream=True)
+        events = [event async for event in stream]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        with pytest.raises(openai.NotFoundError):
+            await two.client("ben").responses.retrieve(begun.id)
+
+
+async def test_a_gateway_that_stops_cleanly_hands_its_reply_over(service: TinyService) -> None:
+    expected = await alone(service, "hello")
+    async with service.gateway() as one:
+        begun = await one.client("ann").responses.create(
+            model="base", input="hello", background=True, max_output_tokens=LONG, extra_body={"seed": 1}
+        )
+    async with service.gateway() as two:
+        stream = await two.client("ann").responses.retrieve(begun.id, stream=True)
+        last: Any = [event async for event in stream][-1]
+        assert last.response.output_text == expected
+
+
+# ---------------------------------------------------------------- the engine
+
+
+async def test_a_reply_goes_on_when_the_engine_died_in_the_middle(service: TinyService) -> None:
+    expected = await alone(service, "hello")
+    async with service.gateway() as gateway:
+        stream = await gateway.client("ann").responses.create(
+            model="base", input="hello", stream=True, max_output_tokens=LONG, extra_body={"seed": 1}
+        )
+        seen: list[Any] = []
+        async for event in stream:
+            seen.append(event)
+            if len(seen) == 30:
+                await service.engine.stop()
+                await service.engine.start()
+        assert seen[-1].response.output_text == expected
+        assert [event.sequence_number for event in seen] == list(range(len(seen)))
+        assert gateway.gateway.metrics.resubmitted._value.get() == 1
+
+
+async def test_a_reply_waits_for_an_engine_and_gives_up_in_the_end(service: TinyService) -> None:
+    session = SessionOptions(engine_patience=0.3)
+    async with service.gateway(session=session) as gateway:
+        await service.engine.stop()
+        await asyncio.sleep(0.05)
+        client = gateway.client("ann")
+        failed = await client.responses.create(model="me", input="hello")
+        assert failed.status == "failed"
+        assert failed.error is not None
+        assert str(failed.error.code) == "engine_unavailable"
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.chat.completions.create(model="me", messages=[{"role": "user", "content": "x"}])
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_unavailable")
+        ready = await client.with_options(max_retries=0)._client.get(f"{gateway.url}/ready")
+        assert ready.status_code == 503
+        await service.engine.start()
+        assert [turn.text for turn in await service.store.turns("ann")] == ["hello", "x"]
+
+
+async def test_a_reply_can_be_stopped_while_the_engine_is_away(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        await service.engine.stop()
+        await asyncio.sleep(0.05)
+        client = gateway.client("ann")
+        begun = await client.responses.create(model="me", input="hello", background=True)
+        stopped = await asyncio.wait_for(client.responses.cancel(begun.id), 5)
+        assert stopped.status == "cancelled"
+        await service.engine.start()
+
+
+# ---------------------------------------------------------------- Redis
+
+
+@pytest.fixture
+def own_store(redis_server: RedisServer) -> Store:
+    return Store(connect(redis_server.url), SECRET, deadline_s=0.5)
+
+
+async def test_a_chat_goes_on_without_redis_and_says_that_nothing_is_saved(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    async with service.gateway(store=own_store, store_patience_s=0.2) as gateway:
+        client = gateway.client("ann")
+        before = await client.responses.create(model="me", input="one", conversation="c")
+        assert before.usage is not None
+        redis_server.kill()
+        during = await client.responses.create(model="me", input="two", conversation="c")
+        assert during.metadata is not None
+        assert during.metadata["history_saved"] == "false"
+        assert NOT_SAVED in during.metadata["notice"]
+        assert during.usage is not None
+        assert during.usage.input_tokens > before.usage.input_tokens  # it still knew what was said
+        assert len(during.output_text) == 24
+        assert (await client._client.get(f"{gateway.url}/ready")).status_code == 503
+        assert (await client._client.get(f"{gateway.url}/health")).status_code == 200
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.models.list()
+        assert caught.value.code == "store_unavailable"
+        redis_server.start()
+        for _ in range(100):
+            if not gateway.gateway.health.away:
+                break
+            await asyncio.sleep(0.1)
+        after = await client.responses.create(model="me", input="three", conversation="c")
+        assert after.metadata is not None
+        assert after.metadata["history_saved"] == "true"
+        assert (await client._client.get(f"{gateway.url}/ready")).status_code == 200
+        saved = [turn.text for turn in await own_store.turns("ann") if turn.role == "user"]
+        assert saved == ["one", "three"]
+    await own_store.close()
+
+
+async def test_a_short_absence_of_redis_in_a_reply_loses_nothing(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    async with service.gateway(store=own_store, store_patience_s=10.0) as gateway:
+        stream = await gateway.client("ann").responses.create(
+            model="me", input="hello", stream=True, max_output_tokens=LONG
+        )
+        seen: list[Any] = []
+        async for event in stream:
+            seen.append(event)
+            if len(seen) == 20:
+                redis_server.kill()
+                redis_server.start()
+        text = seen[-1].response.output_text
+        assert len(text) == LONG
+        assert seen[-1].response.metadata["history_saved"] == "true"
+        assert [turn.text for turn in await own_store.turns("ann")] == ["hello", text]
+        stored = await own_store.read_response_events(seen[0].response.id)
+        assert [number for number, _ in stored] == list(range(len(seen)))
+    await own_store.close()
+
+
+# ---------------------------------------------------------------- adapters
+
+
+async def test_a_bad_adapter_is_replaced_by_the_version_before_it(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        good = await service.give_adapter("ann", 1)
+        bad = await service.give_adapter("ann", 2, good=False)
+        client = gateway.client("ann")
+        expected = await client.responses.create(model=f"me@{good}", input="hi", store=False, temperature=0)
+        served = await client.responses.create(model="me", input="hi", store=False, temperature=0)
+        assert served.output_text == expected.output_text
+        assert served.metadata is not None
+        assert served.metadata["adapter_version"] == str(good)
+        assert f"version {bad} could not be loaded" in served.metadata["notice"]
+        saved = await client.responses.create(model="me", input="hi")
+        assert saved.output[0].id is not None
+        assert (await service.store.turn("ann", saved.output[0].id)).version == good
+
+
+async def test_without_any_good_version_the_base_answers(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        await service.give_adapter("ann", 2, good=False)
+        client = gateway.client("ann")
+        stream = await client.responses.create(
+            model="me", input="hi", store=False, stream=True, extra_body={"seed": 1}
+        )
+        events: list[Any] = [event async for event in stream]
+        told = [event for event in events if event.type == "response.in_progress"]
+        assert [event.response.metadata["adapter_version"] for event in told] == ["1", "0"]
+        base = await client.responses.create(model="base", input="hi", store=False, extra_body={"seed": 1})
+        assert events[-1].response.output_text == base.output_text
+
+
+async def test_a_reply_keeps_its_version_while_a_new_one_is_published(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        await service.give_adapter("ann", 1)
+        client = gateway.client("ann")
+
+        async def ask(model: str) -> Any:
+            return await client.responses.create(
+                model=model, input="hi", store=False, temperature=0, max_output_tokens=LONG, stream=True
+            )
+
+        undisturbed = [event async for event in await ask("me")][-1].response.output_text
+        seen = []
+        async for event in await ask("me"):
+            seen.append(event)
+            if len(seen) == 20:
+                assert await service.give_adapter("ann", 2) == 2
+        assert seen[-1].response.metadata["adapter_version"] == "1"
+        assert seen[-1].response.output_text == undisturbed
+        after = [event async for event in await ask("me")][-1].response
+        assert after.metadata["adapter_version"] == "2"
+        assert after.output_text != undisturbed
+
+
+async def test_enough_new_turns_ask_for_a_refresh(service: TinyService) -> None:
+    session = SessionOptions(max_output_tokens=2, auto_refresh_after=2)
+    async with service.gateway(session=session) as gateway:
+        client = gateway.client("ann")
+        for expected in ([], [("ann", "turns")]):
+            await client.responses.create(model="me", input="hello")
+            await asyncio.sleep(0.1)
+            assert gateway.calls.refreshes == expected
+        never = SessionOptions(max_output_tokens=2, auto_refresh_after=0)
+        async with service.gateway(session=never) as other:
+            await other.client("ann").responses.create(model="me", input="hello")
+            await asyncio.sleep(0.1)
+            assert other.calls.refreshes == []
+
+
+# ---------------------------------------------------------------- clients
+
+
+async def test_a_client_that_stops_reading_is_dropped_and_its_reply_is_not(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", gateway.port))
+        connection = await websockets.connect(
+            gateway.socket_url,
+            sock=raw,
+            subprotocols=["attune.v1.json"],
+            additional_headers=gateway.headers("ann"),
+            max_queue=1,
+        )
+        await connection.send(
+            json.dumps({"type": "response.create", "input": "x", "max_output_tokens": LONG})
+        )
+        metrics = gateway.gateway.metrics
+        for _ in range(200):
+            gateway.gateway.sockets.tell("ann", {"type": "adapter.updated", "padding": "x" * 100_000})
+            await asyncio.sleep(0.01)
+            if metrics.sockets._value.get() == 0:
+                break
+        assert metrics.sockets._value.get() == 0
+        assert metrics.sockets_closed.labels(code="1013")._value.get() == 1
+        (reply,) = gateway.gateway.replies._replies.values()
+        assert len((await reply.finished()).output[0].content[0].text) == LONG
+        connection.transport.abort()
+
+
+async def test_a_client_that_does_not_answer_pings_is_let_go(service: TinyService) -> None:
+    pings = {"ws_ping_interval": 0.2, "ws_ping_timeout": 0.2}
+    async with service.gateway(server=pings) as gateway:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        lines = [
+            "GET /v1/responses HTTP/1.1", f"Host: 127.0.0.1:{gateway.port}", "Upgrade: websocket",
+            "Connection: Upgrade", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version: 13",
+            f"Authorization: {gateway.headers('ann')['authorization']}", "", "",
+        ]  # fmt: skip
+        writer.write("\r\n".join(lines).encode())
+        assert b"101" in await reader.readline()
+        assert await asyncio.wait_for(reader.read(), 5)
+        assert gateway.gateway.metrics.sockets._value.get() == 0
+        writer.close()
+
+
+# ---------------------------------------------------------------- company
+
+
+async def test_no_token_of_one_persons_reply_is_in_anothers(service: TinyService) -> None:
+    """Eight people with their own adapters talk at once, stop, leave and come back at random. Whatever each
+    saw is the beginning of what they see when they are alone."""
+    people = [f"person{number}" for number in range(8)]
+    async with service.gateway() as gateway:
+        for seed, user in enumerate(people):
+            await service.give_adapter(user, seed)
+        clients = {user: gateway.client(user) for user in people}
+
+        def ask(user: str, seed: int) -> dict[str, Any]:
+            return {
+                "model": "me", "input": f"I am {user}", "store": False, "max_output_tokens": 60,
+                "extra_body": {"seed": seed},
+            }  # fmt: skip
+
+        solo = {
+            (user, seed): (await clients[user].responses.create(**ask(user, seed))).output_text
+            for user in people
+            for seed in range(2)
+        }
+        assert len(set(solo.values())) == len(solo)
+
+        async def chat(user: str, seed: int) -> None:
+            dice = random.Random(f"{user} {seed}")
+            async with asyncio.timeout(60):
+                stream = await clients[user].responses.create(**ask(user, seed), stream=True)
+                seen, text, leave = [], "", dice.randint(5, 70)
+                async for event in stream:
+                    seen.append(event)
+                    if event.type == "response.output_text.delta":
+                        text += event.delta
+                    if len(seen) == leave:
+                        break
+                await stream.close()
+                reply = seen[0].response.id
+                if dice.random() < 0.5:
+                    await clients[user].responses.cancel(reply)
+                rest = await clients[user].responses.retrieve(
+                    reply, stream=True, starting_after=seen[-1].sequence_number
+                )
+                async for event in rest:
+                    if event.type == "response.output_text.delta":
+                        text += event.delta
+            assert solo[user, seed].startswith(text)
+            assert len(text) > 0
+
+        for _ in range(2):
+            await asyncio.gather(*(chat(user, seed) for user in people for seed in range(2)))
+    await service.engine.check()

@@ -1,0 +1,90 @@
+"""Forgetting: every place is emptied, in an order in which nothing comes back."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from engine.request import Forgotten as EngineForgotten
+from personalization.history import Turn
+from personalization.publish import remove_versions
+from personalization.store import Store
+from service.forget import forget, rewrite_log
+
+
+class Caches:
+    """What an engine that holds two pages of one adapter answers."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def forget(self, adapter_id: str) -> EngineForgotten:
+        self.asked.append(adapter_id)
+        return EngineForgotten(device_slabs=2, host_bytes=100, kv_blocks=3)
+
+
+def turn(number: int) -> Turn:
+    at = datetime(2026, 1, 1, 0, number, tzinfo=UTC)
+    return Turn(f"t{number}", "c", at, "user", f"said {number}", "person")
+
+
+async def test_every_place_is_emptied_and_counted(store: Store, redis: Redis, tmp_path: Path) -> None:
+    await store.append("ada", [turn(n) for n in range(3)])
+    await store.append("bob", [turn(9)])
+    mine, theirs = tmp_path / store.adapter_id("ada"), tmp_path / store.adapter_id("bob")
+    for folder in (mine / "1", mine / "2", theirs / "1"):
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_bytes(b"x" * 10)
+    caches = Caches()
+    cancelled: list[str] = []
+
+    async def cancel_jobs(user: str) -> int:
+        # By the time jobs are cancelled the history is gone, so a job that starts in between finds nothing.
+        assert await store.turns(user) == []
+        cancelled.append(user)
+        return 1
+
+    gone = await forget(
+        "ada",
+        store=store,
+        redis=redis,
+        engine=caches,
+        cancel_jobs=cancel_jobs,
+        remove_versions=lambda adapter_id: remove_versions(tmp_path, adapter_id),
+    )
+    assert (gone.turns, gone.conversations, gone.jobs) == (3, 1, 1)
+    assert (gone.folders, gone.disk_bytes) == (2, 20)
+    assert (gone.device_slabs, gone.host_bytes, gone.kv_blocks) == (2, 100, 3)
+    assert caches.asked == [store.adapter_id("ada")]
+    assert cancelled == ["ada"]
+    assert not mine.exists()
+    assert theirs.exists()
+    assert [t.text for t in await store.turns("bob")] == ["said 9"]
+
+
+async def test_a_person_nobody_knows_is_forgotten_without_fuss(
+    store: Store, redis: Redis, tmp_path: Path
+) -> None:
+    async def no_jobs(user: str) -> int:
+        return 0
+
+    gone = await forget(
+        "nobody",
+        store=store,
+        redis=redis,
+        engine=Caches(),
+        cancel_jobs=no_jobs,
+        remove_versions=lambda adapter_id: remove_versions(tmp_path, adapter_id),
+    )
+    assert (gone.turns, gone.folders) == (0, 0)
+
+
+async def test_a_server_that_may_not_rewrite_its_file_is_told_as_such() -> None:
+    class Managed:
+        async def info(self, section: str) -> dict[str, int]:
+            return {"aof_rewrite_in_progress": 0, "aof_rewrite_scheduled": 0}
+
+        async def bgrewriteaof(self) -> None:
+            raise PermissionError("this command is not for you")
+
+    assert await rewrite_log(Managed()) is False

@@ -1,0 +1,103 @@
+import dataclasses
+
+import pytest
+import torch
+
+from engine.adapter_files import LoraWeights
+from personalization.gate import GatePolicy, judge, student_quantile
+from personalization.prompt import Example
+from personalization.train import Person, Recipe, train
+from tests.small_model import habits, small_model
+
+RECIPE = Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=3, tokens_per_step=32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def own(model):
+    (trained,) = train(model, [Person(habits(1, 30), seed=1)], RECIPE)
+    return trained.weights
+
+
+@pytest.fixture(scope="module")
+def strangers(model):
+    (trained,) = train(model, [Person(habits(2, 30), seed=1)], RECIPE)
+    return trained.weights
+
+
+HELD_OUT = habits(1, 45)[30:]
+
+
+def test_what_learned_the_persons_habits_is_accepted_over_the_base(model, own):
+    verdict = judge(model, own, None, HELD_OUT, GatePolicy())
+    assert verdict.accepted
+    assert verdict.reason.startswith("better: on 15 held-out turns")
+    numbers = verdict.numbers
+    assert numbers["turns"] == 15
+    assert numbers["tokens"] == sum(sum(row.learn_mask) for row in HELD_OUT)
+    assert numbers["gain"] == pytest.approx(numbers["loss_before"] - numbers["loss_after"])
+    assert 0 < numbers["gain_low"] < numbers["gain"] < numbers["gain_high"]
+
+
+def test_a_strangers_adapter_is_refused_as_worse_than_ones_own(model, own, strangers):
+    verdict = judge(model, strangers, own, HELD_OUT, GatePolicy())
+    assert not verdict.accepted
+    assert verdict.reason.startswith("worse")
+    assert verdict.numbers["gain_high"] < 0
+
+
+def test_the_serving_version_itself_brings_no_measurable_change(model, own):
+    verdict = judge(model, own, own, HELD_OUT, GatePolicy())
+    assert not verdict.accepted
+    assert verdict.reason.startswith("no measurable change yet")
+    assert verdict.numbers["gain"] == 0
+
+
+def test_the_same_gain_on_few_turns_that_disagree_is_not_enough(model, own, strangers):
+    mixed = [*habits(1, 3), *habits(2, 2)]  # the stranger's adapter is good for two rows and bad for three
+    cautious = dataclasses.replace(GatePolicy(), confidence=0.95)
+    assert not judge(model, own, strangers, mixed, cautious).accepted
+    assert judge(model, own, strangers, habits(1, 5), cautious).accepted
+
+
+@pytest.mark.parametrize("held_out", [[], [Example((1, 2, 3), (False, False, False))], HELD_OUT[:3]])
+def test_too_little_held_out_is_said_and_gives_no_average(model, own, held_out):
+    verdict = judge(model, own, None, held_out, GatePolicy())
+    assert not verdict.accepted
+    turns = 3 if len(held_out) == 3 else 0
+    assert verdict.reason == f"too little to judge by: {turns} held-out turns of 4 needed"
+    assert set(verdict.numbers) == {"turns", "tokens"}
+
+
+def test_two_turns_of_one_row_count_as_two(model, own):
+    first, second = HELD_OUT[:2]
+    row = Example(first.token_ids + second.token_ids, first.learn_mask + second.learn_mask)
+    assert judge(model, own, None, [row] * 3, GatePolicy()).numbers["turns"] == 6
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_computed(model, own):
+    broken = list(own.modules)
+    broken[3] = dataclasses.replace(broken[3], a=broken[3].a * torch.nan)
+    verdict = judge(model, LoraWeights(tuple(broken)), None, HELD_OUT, GatePolicy())
+    assert not verdict.accepted
+    assert verdict.reason == "refused: o_proj of layer 0 holds numbers that are not finite"
+    assert verdict.numbers == {}
+
+
+def test_weights_that_exploded_are_refused(model, own):
+    grown = LoraWeights(tuple(dataclasses.replace(m, b=m.b * 1e4) for m in own.modules))
+    verdict = judge(model, grown, None, HELD_OUT, GatePolicy())
+    assert not verdict.accepted
+    assert "times the base's norm, at most 2 is allowed" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "table"),
+    [(0.8, 3, 0.978), (0.9, 3, 1.638), (0.9, 14, 1.345), (0.975, 3, 3.182), (0.975, 30, 2.042)],
+)
+def test_quantiles_of_student_are_those_of_the_table(probability, freedom, table):
+    assert student_quantile(probability, freedom) == pytest.approx(table, rel=0.04)

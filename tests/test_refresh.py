@@ -1,0 +1,322 @@
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from engine.adapter_files import read_adapter
+from engine.weights import load_model, read_config
+from personalization.history import learned
+from personalization.prompt import Example, Renderer
+from personalization.publish import Shelf
+from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
+from personalization.score import token_losses
+from personalization.store import Store, VersionRecord
+from personalization.train import Recipe
+from personalization.trainer import Judged, Progress, Task, Trainer, TrainerDied, TrainerSettings
+from tests.small_model import save_small_model, talk
+
+POLICY = RefreshPolicy(
+    minimum_turns=20,
+    gate_tokens=96,
+    row_tokens=32,
+    recipe=Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=2, tokens_per_step=32),
+)
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def renderer(folder: Path) -> Renderer:
+    return Renderer(folder, 256)
+
+
+@pytest_asyncio.fixture
+async def trainer(folder: Path) -> AsyncIterator[Trainer]:
+    trainer = Trainer(TrainerSettings(folder, threads=1, device="cpu"))
+    yield trainer
+    await trainer.stop()
+
+
+@pytest.fixture
+def kit(store: Store, renderer: Renderer, trainer: Trainer, folder: Path, tmp_path: Path) -> Kit:
+    shelf = Shelf(tmp_path / "adapters", read_config(folder), free_bytes_floor=0)
+    return Kit(store, shelf, renderer, trainer, POLICY, "small", lambda: NOW)
+
+
+async def run(users: list[str], kit: Kit) -> tuple[dict[str, Outcome], list[tuple[str, dict[str, Any]]]]:
+    said: list[tuple[str, dict[str, Any]]] = []
+    ended: dict[str, Outcome] = {}
+
+    async def say(user: str, message: dict[str, Any]) -> None:
+        said.append((user, message))
+
+    async def end(outcome: Outcome) -> None:
+        ended[outcome.user] = outcome
+
+    await refresh(users, kit, say, end)
+    return ended, said
+
+
+async def test_a_refresh_publishes_what_beats_the_base_and_says_so(kit: Kit, store: Store, folder: Path):
+    await store.append("ann", talk("ann", 60))
+    ended, said = await run(["ann"], kit)
+    outcome = ended["ann"]
+    assert outcome.error is None
+    assert (outcome.state, outcome.published, outcome.before, outcome.after) == ("completed", True, 0, 1)
+    assert outcome.reason.startswith("better: on 6 held-out turns")
+    assert (await store.pointer("ann")).version == 1
+    assert await store.learned_since_refresh("ann") == 0
+    (record,) = await store.versions("ann")
+    assert record.accepted
+    assert record.numbers["gain"] > 0.1
+    assert len(record.turn_ids) == 54
+    states = [message["state"] for _, message in said]
+    assert states[0] == "training"
+    assert states[-1] == "gating"
+    assert said[-2][1]["progress"] == 1.0
+    adapter = kit.shelf.root / store.adapter_id("ann") / "1"
+    meta = json.loads((adapter / "attune.json").read_text())
+    model = load_model(folder)
+    assert meta["base_hash"] == model.base_hash
+    lesson = choose(talk("ann", 60), [], 0, kit.renderer, POLICY)
+    weights = read_adapter(adapter, model.config)
+    losses = [
+        sum(float(row.sum()) for row in token_losses(model, lesson.gate, each)) for each in (None, weights)
+    ]
+    assert losses[1] < losses[0]
+
+
+async def test_people_of_one_batch_end_each_in_their_own_way(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    await store.append("few", talk("few", 12))
+    await store.append("bob", talk("bob", 40))
+    (kit.shelf.root / store.adapter_id("bob")).parent.mkdir(parents=True)
+    (kit.shelf.root / store.adapter_id("bob")).write_text("a file where the folder should be")
+    ended, _ = await run(["ann", "few", "bob"], kit)
+    assert ended["ann"].published
+    assert ended["few"].message() == {
+        "state": "failed",
+        "code": "not_enough_turns",
+        "message": "not enough turns yet: 12 of 20 to learn from",
+    }
+    assert ended["few"].error is None
+    assert isinstance(ended["bob"].error, OSError)
+    assert (await store.pointer("bob")).version == 0
+    assert await store.learned_since_refresh("bob") == 40
+
+
+async def test_the_next_refresh_carries_the_version_on_and_then_there_is_nothing_new(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    first, _ = await run(["ann"], kit)
+    await store.append("ann", talk("ann", 40, first=40))
+    second, _ = await run(["ann"], kit)
+    third, _ = await run(["ann"], kit)
+    assert first["ann"].published
+    assert second["ann"].numbers["train_loss_first"] < first["ann"].numbers["train_loss_first"] - 0.3
+    records = await store.versions("ann")
+    assert [record.parent for record in records][:2] == [0, 1]
+    if second["ann"].published:
+        assert third["ann"].reason == "nothing new to learn since version 2"
+        assert not third["ann"].published
+
+
+async def test_a_candidate_that_is_not_better_leaves_its_numbers_and_the_pointer(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    never = dataclasses.replace(POLICY, gate=dataclasses.replace(POLICY.gate, min_gain=50.0))
+    ended, _ = await run(["ann"], dataclasses.replace(kit, policy=never))
+    assert ended["ann"].state == "completed"
+    assert not ended["ann"].published
+    assert (await store.pointer("ann")).version == 0
+    (record,) = await store.versions("ann")
+    assert not record.accepted
+    assert record.numbers["turns"] == 4
+    assert not list(kit.shelf.root.glob("*/*"))
+
+
+async def test_someone_forgotten_while_their_adapter_was_trained_gets_none(kit: Kit, store: Store):
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, 40))
+    ended: dict[str, Outcome] = {}
+
+    async def say(user: str, message: dict[str, Any]) -> None:
+        if user == "ann" and message["state"] == "gating":
+            await store.forget("ann")
+
+    async def end(outcome: Outcome) -> None:
+        ended[outcome.user] = outcome
+
+    await refresh(["ann", "bob"], kit, say, end)
+    assert ended["ann"].state == "forgotten"
+    assert ended["bob"].published
+    assert (await store.pointer("ann")).version == 0
+    assert await store.versions("ann") == []
+    assert [path.name for path in kit.shelf.root.iterdir()] == [store.adapter_id("bob")]
+
+
+async def test_the_same_refresh_run_again_trains_the_same_bytes(
+    kit: Kit, trainer: Trainer, renderer: Renderer
+):
+    lesson = choose(talk("ann", 40), [], 0, renderer, POLICY)
+    task = Task("aa", lesson.train, lesson.gate, None, seed=5)
+    runs = []
+    for _ in range(2):
+        events = [event async for event in trainer.run([task], POLICY.recipe, POLICY.gate)]
+        assert isinstance(events[0], Progress)
+        assert isinstance(events[-1], Judged)
+        runs.append(events[-1])
+        await trainer.stop()
+    for first, second in zip(runs[0].weights.modules, runs[1].weights.modules, strict=True):
+        assert first.a.equal(second.a)
+        assert first.b.equal(second.b)
+
+
+async def test_the_process_stays_for_the_next_batch_and_a_killed_one_is_replaced(trainer: Trainer):
+    rows = [Example((1, 2, 3, 4), (False, True, True, True))] * 4
+    task = Task("aa", rows, rows, None, seed=1)
+
+    async def once() -> int | None:
+        assert [e async for e in trainer.run([task], POLICY.recipe, POLICY.gate)]
+        return trainer.pid
+
+    first = await once()
+    assert first is not None
+    assert await once() == first
+    os.kill(first, signal.SIGKILL)
+    with contextlib.suppress(TrainerDied):  # if the death is noticed only in the batch
+        await once()
+    assert await once() != first
+
+
+async def test_a_batch_left_early_ends_the_process(trainer: Trainer):
+    rows = [Example((1, 2, 3, 4), (False, True, True, True))] * 400
+    batch = trainer.run([Task("aa", rows, rows, None, seed=1)], POLICY.recipe, POLICY.gate)
+    await anext(batch)
+    pid = trainer.pid
+    assert pid is not None
+    await batch.aclose()
+    assert trainer.pid is None
+    assert not alive(pid)
+
+
+async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path):
+    trainer = Trainer(TrainerSettings(tmp_path, threads=1, device="cpu"))
+    with pytest.raises(TrainerDied, match="config"):
+        async for _ in trainer.run([], POLICY.recipe, POLICY.gate):
+            pass
+    await trainer.stop()
+
+
+async def test_the_process_dies_with_its_parent(folder: Path, tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from personalization.trainer import *\n"
+        "from personalization.prompt import Example\n"
+        "from personalization.train import Recipe\n"
+        "async def main():\n"
+        f"    trainer = Trainer(TrainerSettings(Path({str(folder)!r}), threads=1, device='cpu'))\n"
+        "    rows = [Example((1, 2, 3), (False, True, True))] * 50_000\n"
+        "    batch = trainer.run([Task('aa', rows, [], None, 1)], Recipe(), GatePolicy())\n"
+        "    await anext(batch)\n"
+        "    print(trainer.pid, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    root = Path(__file__).parent.parent
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(script),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert parent.stdout is not None
+    pid = int(await parent.stdout.readline())
+    assert alive(pid)
+    parent.kill()
+    await parent.wait()
+    for _ in range(100):
+        if not alive(pid):
+            break
+        await asyncio.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_the_first_version_learns_all_but_the_newest(renderer: Renderer):
+    turns = talk("ann", 60)
+    lesson = choose(turns, [], 0, renderer, POLICY)
+    assert lesson.all_turns == tuple(turn.id for turn in turns)
+    assert lesson.trained_turns == tuple(turn.id for turn in turns[:54])
+    assert learned_tokens(lesson.train) > 54 * 6
+    assert max(len(row.token_ids) for row in lesson.train) <= POLICY.row_tokens
+    assert any(len(row.token_ids) > POLICY.gate_tokens // 2 for row in lesson.gate)
+
+
+def test_a_version_carried_on_learns_the_new_turns_and_as_many_old_tokens(renderer: Renderer):
+    turns = talk("ann", 120)
+    before = choose(turns[:80], [], 0, renderer, POLICY)
+    record = _record(1, 0, before.trained_turns)
+    for replay, expected in ((0.0, 36), (1.0, 72), (9.0, 108)):
+        policy = dataclasses.replace(POLICY, replay=replay)
+        lesson = choose(turns, [record], 1, renderer, policy)
+        ends = learned_turns(lesson.train)
+        assert expected - 1 <= ends <= expected + 6
+        assert lesson.trained_turns == tuple(turn.id for turn in turns[:108])
+
+
+def test_what_ancestors_saw_is_old_and_what_only_a_refused_one_saw_is_new(renderer: Renderer):
+    turns = talk("ann", 60)
+    ids = [turn.id for turn in turns]
+    records = [_record(1, 0, ids[:20]), _record(2, 1, ids[20:40]), _record(3, 2, ids[40:])]
+    policy = dataclasses.replace(POLICY, replay=0.0)
+    assert learned_turns(choose(turns, records, 2, renderer, policy).train) == 14
+    assert learned_turns(choose(turns, records, 0, renderer, policy).train) == 54
+
+
+def test_others_turns_are_context_and_held_out_turns_are_nowhere_in_training(renderer: Renderer):
+    turns = [
+        dataclasses.replace(turn, author="model") if turn.role == "assistant" else turn
+        for turn in talk("ann", 80)
+    ]
+    lesson = choose(turns, [], 0, renderer, POLICY)
+    assert len(lesson.all_turns) == sum(map(learned, turns)) == 40
+    assert learned_turns(lesson.train) == len(lesson.trained_turns) == 36
+    assert sum(len(row.token_ids) for row in lesson.train) > 1.5 * learned_tokens(lesson.train)
+
+
+def learned_tokens(rows: list[Example]) -> int:
+    return sum(sum(row.learn_mask) for row in rows)
+
+
+def learned_turns(rows: list[Example]) -> int:
+    """Every learned turn ends with the end token, which is learned too."""
+    return sum(
+        learn and token == 53
+        for row in rows
+        for token, learn in zip(row.token_ids, row.learn_mask, strict=True)
+    )
+
+
+def _record(version: int, parent: int, turn_ids: Sequence[str]) -> VersionRecord:
+    return VersionRecord(version, parent, NOW, True, "", {}, 1, tuple(turn_ids))

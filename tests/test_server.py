@@ -1,0 +1,512 @@
+"""The engine behind its socket: one process in most tests, a real one that is killed in the last."""
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from engine import wire
+from engine.adapter_files import LoraModule, LoraWeights, version_folder, write_adapter
+from engine.client import CallFailed, EngineClient, EngineLost, EngineRefused, Stream
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.model import module_shape
+from engine.request import AdapterRef, FinishedEvent, Request, SamplingParams, TokensEvent
+from engine.server import EngineServer, serve
+from engine.weights import LoadedModel, load_model
+from tests.tiny_models import VOCAB, save_random
+
+ADA = AdapterRef("ada0", 1)
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@dataclass(frozen=True)
+class World:
+    model_folder: Path
+    adapters: Path
+    model: LoadedModel
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("engine")
+    shape = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        eos_token_id=5,
+    )
+    save_random(root / "model", shape)
+    model = load_model(root / "model")
+    generator = torch.Generator().manual_seed(1)
+    outputs, inputs = module_shape(model.config, "q_proj")
+    a = torch.randn(4, inputs, generator=generator)
+    b = torch.randn(outputs, 4, generator=generator)
+    weights = LoraWeights(tuple(LoraModule(layer, "q_proj", a.clone(), b.clone(), 1.0) for layer in range(2)))
+    write_adapter(version_folder(root / "adapters", ADA.id, 1), weights, model.config, base_model="tiny")
+    return World(root / "model", root / "adapters", model)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  (of another thread or task: nothing here to wait on)
+            await asyncio.sleep(0.002)
+
+
+Start = Callable[..., Awaitable["Running"]]
+
+
+@dataclass
+class Running:
+    path: Path
+    engine: Engine
+    task: asyncio.Task[None]
+
+    async def connect(self, **options: Any) -> EngineClient:
+        return await EngineClient.connect(self.path, **{"timeout": 20, **options})
+
+    async def end_cleanly(self) -> None:
+        await until(lambda: not self.engine.has_work)
+        self.engine.check_integrity()
+        await self.stop()
+
+    async def stop(self) -> None:
+        self.task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.task
+
+
+@pytest.fixture
+async def start(world: World, tmp_path: Path) -> AsyncIterator[Start]:
+    """Engines serving in this process; at the end each must be idle with clean books, or
+    have been stopped.
+    """
+    started: list[Running] = []
+
+    async def begin(**config: Any) -> Running:
+        settings = {"arena_bytes": 4 << 20, "max_tokens_per_step": 64, "disconnect_grace_s": 0.05, **config}
+        engine = Engine(EngineConfig.from_mapping(settings), world.model, world.adapters)
+        path = tmp_path / "engine.sock"
+        ready = asyncio.Event()
+        task = asyncio.create_task(serve(engine, path, model_name="tiny", on_ready=ready.set))
+        started.append(Running(path, engine, task))
+        await ready.wait()
+        return started[-1]
+
+    yield begin
+    for running in started:
+        if not running.task.done():
+            await running.end_cleanly()
+
+
+def ask(id: str, length: int = 20, **changes: Any) -> Request:
+    prompt = tuple((7 * index + len(id)) % VOCAB for index in range(length))
+    return replace(Request(id, prompt, GREEDY, user_key=id), **changes)
+
+
+async def read(stream: Stream) -> tuple[list[int], FinishedEvent]:
+    tokens = list(stream.request.generated)
+    finished = None
+    async with asyncio.timeout(30):
+        async for event in stream:
+            assert finished is None
+            assert event.request_id == stream.request.id
+            if isinstance(event, TokensEvent):
+                assert event.first_index == len(tokens)
+                tokens += event.token_ids
+            else:
+                finished = event
+    assert finished is not None
+    return tokens, finished
+
+
+def said(world: World, request: Request) -> list[int]:
+    """The reference: the same request on an engine without a server."""
+    engine = Engine(EngineConfig(arena_bytes=4 << 20), world.model, world.adapters)
+    engine.submit(request)
+    tokens = list(request.generated)
+    for event in engine.drain():
+        if isinstance(event, TokensEvent):
+            tokens += event.token_ids
+    engine.close()
+    return tokens
+
+
+# Requests over the wire
+
+
+async def test_a_reply_arrives_token_by_token_and_ends(world: World, start: Start) -> None:
+    async with await (await start()).connect() as client:
+        tokens, finished = await read(await client.submit(ask("a")))
+    assert tokens == said(world, ask("a"))
+    assert finished.reason == "length"
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (20, 12)
+
+
+async def test_the_client_knows_what_engine_it_talks_to(world: World, start: Start) -> None:
+    async with await (await start()).connect() as client:
+        assert client.connected
+        assert client.info == wire.EngineInfo("tiny", world.model.base_hash, 1024, VOCAB, (5,), os.getpid())
+
+
+async def test_many_replies_run_at_once_each_with_its_own_tokens(world: World, start: Start) -> None:
+    requests = [ask("x" * n, 10 + n, adapter=ADA if n % 2 else None) for n in range(1, 30)]
+    async with await (await start()).connect() as client:
+        streams = [await client.submit(request) for request in requests]
+        replies = await asyncio.gather(*map(read, streams))
+        stats = await client.stats()
+    assert stats["step"]["rows"] > 2 * stats["step"]["steps"]
+    for request, (tokens, _) in zip(requests, replies, strict=True):
+        assert tokens == said(world, request)
+
+
+async def test_two_gateways_may_use_the_same_ids(world: World, start: Start) -> None:
+    running = await start()
+    async with await running.connect() as one, await running.connect() as two:
+        first = await one.submit(ask("same"))
+        second = await two.submit(ask("same", 33))
+        assert (await read(first))[0] == said(world, ask("same"))
+        assert (await read(second))[0] == said(world, ask("same", 33))
+
+
+async def test_a_request_the_engine_refuses_ends_with_its_error(start: Start) -> None:
+    async with await (await start()).connect() as client:
+        tokens, finished = await read(await client.submit(ask("long", 1020)))
+        assert (tokens, finished.reason, finished.error_code) == ([], "error", "context_length_exceeded")
+        assert "expected at most 1024" in (finished.message or "")
+        _, finished = await read(await client.submit(ask("odd", prompt=(1, 4000))))
+        assert finished.error_code == "invalid_token"
+        assert (await read(await client.submit(ask("next"))))[1].reason == "length"
+
+
+async def test_a_missing_adapter_ends_its_own_reply_only(world: World, start: Start) -> None:
+    async with await (await start()).connect() as client:
+        bad = await client.submit(ask("bad", adapter=AdapterRef("ada0", 7)))
+        good = await client.submit(ask("good", adapter=ADA))
+        assert (await read(bad))[1].error_code == "adapter_unavailable"
+        assert (await read(good))[0] == said(world, ask("good", adapter=ADA))
+
+
+async def test_cancel_ends_the_stream(start: Start) -> None:
+    async with await (await start()).connect() as client:
+        stream = await client.submit(ask("a", sampling=replace(GREEDY, max_tokens=900)))
+        await anext(stream)
+        await stream.cancel()
+        tokens, finished = [], None
+        async for event in stream:
+            if isinstance(event, FinishedEvent):
+                finished = event
+            else:
+                tokens.append(event)
+        assert finished is not None
+        assert finished.reason == "cancelled"
+        assert len(tokens) < 890
+        await stream.cancel()  # too late is no error
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_the_socket_answers_while_the_engine_steps(start: Start) -> None:
+    running = await start()
+    step = running.engine.step
+    inside, proceed = threading.Event(), threading.Event()
+
+    def slow_step() -> Any:
+        inside.set()
+        assert proceed.wait(20)
+        return step()
+
+    running.engine.step = slow_step  # type: ignore[method-assign]
+    async with await running.connect() as client:
+        stream = await client.submit(ask("a"))
+        await until(inside.is_set)
+        async with await running.connect() as second:  # a whole handshake, inside one step
+            assert second.connected
+        proceed.set()
+        assert (await read(stream))[1].reason == "length"
+
+
+# Questions
+
+
+async def test_prefetch_brings_the_adapter_near(start: Start) -> None:
+    running = await start()
+    async with await running.connect() as client:
+        await client.prefetch(ADA)
+        while not (await client.stats())["adapters"]["resident"]:
+            pass  # each question is a round trip
+        _, finished = await read(await client.submit(ask("a", adapter=ADA)))
+    assert finished.timings.adapter_tier == "device"
+
+
+async def test_forget_says_what_it_dropped(start: Start) -> None:
+    async with await (await start()).connect() as client:
+        await read(await client.submit(ask("a", 40, adapter=ADA)))
+        running = await client.submit(ask("b", adapter=ADA, sampling=replace(GREEDY, max_tokens=900)))
+        await anext(running)
+        forgotten = await client.forget(ADA.id)
+        assert forgotten.device_slabs > 0
+        assert forgotten.host_bytes > 0
+        assert forgotten.kv_blocks >= 3
+        assert forgotten.cancelled_requests == 1
+        assert (await read_to_end(running)).reason == "cancelled"
+
+
+async def read_to_end(stream: Stream) -> FinishedEvent:
+    async for event in stream:
+        if isinstance(event, FinishedEvent):
+            return event
+    raise AssertionError("the stream ended without an end")
+
+
+async def test_a_failed_integrity_check_is_told(start: Start) -> None:
+    running = await start()
+    async with await running.connect() as client:
+        await client.check_integrity()
+        slab = running.engine._pool._free.pop()
+        with pytest.raises(CallFailed, match="not on the free list") as caught:
+            await client.check_integrity()
+        assert caught.value.code == "broken_books"
+        running.engine._pool._free.append(slab)
+
+
+# Bad peers
+
+
+async def raw(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_unix_connection(str(path))
+
+
+async def last_words(reader: asyncio.StreamReader) -> wire.FromEngine:
+    """The last message before the engine closes the connection."""
+    async with asyncio.timeout(20):
+        bodies = list(wire.FrameReader(1 << 20).feed(await reader.read(-1)))
+    return wire.decode_from_engine(bodies[-1])
+
+
+HELLO = wire.encode(wire.Hello(wire.PROTOCOL, "raw"))
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (wire.encode(wire.Hello(99, "raw")), "protocol_mismatch"),
+        (wire.encode(wire.Hello(wire.PROTOCOL, "")), "malformed_frame"),
+        (wire.encode(wire.GetStats(1)), "malformed_frame"),
+        (HELLO + HELLO, "malformed_frame"),
+        (HELLO + struct.pack(">I", 5) + b"junk!", "malformed_frame"),
+        (HELLO + struct.pack(">I", 1 << 30), "frame_too_large"),
+    ],
+    ids=["version", "nameless", "no hello", "two hellos", "junk", "oversize"],
+)
+async def test_a_bad_frame_closes_its_connection_and_no_other(
+    world: World, start: Start, sent: bytes, code: str
+) -> None:
+    running = await start()
+    async with await running.connect() as client:
+        stream = await client.submit(ask("a"))
+        reader, writer = await raw(running.path)
+        writer.write(sent)
+        refusal = await last_words(reader)
+        assert isinstance(refusal, wire.Refused)
+        assert refusal.code == code
+        writer.close()
+        assert (await read(stream))[0] == said(world, ask("a"))
+        assert client.connected
+
+
+async def test_a_client_of_another_protocol_version_is_told_and_does_not_retry(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await start()
+    greet = EngineServer._greet
+
+    def older(self: EngineServer, connection: Any, hello: wire.Hello) -> None:
+        greet(self, connection, wire.Hello(hello.protocol - 1, hello.client))
+
+    monkeypatch.setattr(EngineServer, "_greet", older)
+    with pytest.raises(EngineRefused, match="expected 1, got 0") as caught:
+        await running.connect()
+    assert caught.value.code == "protocol_mismatch"
+
+
+async def test_a_gateway_that_does_not_read_is_cut_off_and_others_go_on(world: World, start: Start) -> None:
+    running = await start(max_unsent_bytes=2000)
+    question = wire.encode(wire.GetStats(1))
+
+    def is_cut_off() -> bool:
+        try:
+            deaf.send(question)
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+        return False
+
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.setblocking(False)
+        deaf.connect(str(running.path))
+        deaf.send(HELLO)
+        await until(is_cut_off)
+    async with await running.connect() as client:
+        assert (await read(await client.submit(ask("a"))))[0] == said(world, ask("a"))
+
+
+async def test_only_the_own_user_may_connect(start: Start) -> None:
+    assert (await start()).path.stat().st_mode & 0o777 == 0o600
+
+
+# Lost connections
+
+
+async def test_replies_of_a_lost_gateway_are_cancelled_after_the_grace(start: Start) -> None:
+    running = await start(disconnect_grace_s=0.02)
+    client = await running.connect()
+    stream = await client.submit(ask("a", sampling=replace(GREEDY, max_tokens=1000)))
+    await anext(stream)
+    await client.close()
+    with pytest.raises(EngineLost):
+        await read(stream)
+    async with await running.connect() as other:
+        while (await other.stats())["step"]["finished"]["cancelled"] != 1:
+            pass  # each question is a round trip
+        assert (await other.stats())["queue"]["running"] == 0
+
+
+async def test_a_gateway_that_returns_replaces_what_it_had_asked_for(start: Start) -> None:
+    running = await start(disconnect_grace_s=600.0)
+    client = await running.connect()
+    stream = await client.submit(ask("a", sampling=replace(GREEDY, max_tokens=1000)))
+    await anext(stream)
+    assert client._writer is not None
+    client._writer.transport.abort()
+    with pytest.raises(EngineLost):
+        await read(stream)
+    again = await client.submit(ask("a", 40))
+    assert (await read(again))[1].reason == "length"
+    stats = await client.stats()
+    assert stats["step"]["finished"]["cancelled"] == 1
+    await client.close()
+
+
+async def test_a_client_that_may_not_reconnect_says_so(start: Start) -> None:
+    running = await start()
+    client = await running.connect(reconnect=False)
+    await running.stop()
+    await until(lambda: not client.connected)
+    with pytest.raises(EngineLost):
+        await client.submit(ask("a"))
+    await client.close()
+
+
+async def test_connecting_to_nothing_ends_after_the_timeout(tmp_path: Path) -> None:
+    with pytest.raises(EngineLost, match=r"no engine answers at .* after 0\.1 s"):
+        await EngineClient.connect(tmp_path / "nobody.sock", timeout=0.1)
+
+
+async def test_an_error_of_the_engine_itself_ends_the_server(start: Start) -> None:
+    running = await start()
+
+    def broken() -> Any:
+        raise RuntimeError("a bug")
+
+    running.engine.step = broken  # type: ignore[method-assign]
+    client = await running.connect(reconnect=False)
+    stream = await client.submit(ask("a"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        await running.task
+    with pytest.raises(EngineLost):
+        await read(stream)
+    assert not running.path.exists()
+    await client.close()
+
+
+# The process
+
+ENGINE = """
+import sys
+from pathlib import Path
+from engine.config import EngineConfig
+from engine.server import run_engine
+
+model, adapters, path = map(Path, sys.argv[1:])
+config = EngineConfig(arena_bytes=4 << 20, threads=1)
+run_engine(config, model, "tiny", adapters, path, lambda: print("ready", flush=True))
+print("bye", flush=True)
+"""
+
+
+@asynccontextmanager
+async def process(world: World, path: Path) -> AsyncIterator[subprocess.Popen[str]]:
+    arguments = [sys.executable, "-c", ENGINE, str(world.model_folder), str(world.adapters), str(path)]
+    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait(20)
+        assert running.stdout is not None
+        running.stdout.close()
+
+
+async def test_a_killed_engine_is_survived_by_resubmitting_what_was_generated(
+    world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "engine.sock"
+    request = ask("a", 30, adapter=ADA, sampling=SamplingParams(seed=3, max_tokens=400, ignore_eos=True))
+    async with process(world, path) as first:
+        client = await EngineClient.connect(path, timeout=60)
+        old_pid = client.info.pid
+        assert old_pid == first.pid
+        stream = await client.submit(request)
+        tokens: list[int] = []
+        with pytest.raises(EngineLost):  # noqa: PT012
+            async for event in stream:
+                assert isinstance(event, TokensEvent)
+                tokens += event.token_ids
+                if len(tokens) == 5:
+                    first.kill()
+        assert not client.connected
+    async with process(world, path):
+        stream = await client.submit(replace(request, generated=tuple(tokens)))
+        whole, finished = await read(stream)
+        assert client.info.pid != old_pid
+        await client.close()
+    assert 5 <= len(tokens) < 400
+    assert whole == said(world, request)
+    assert finished.usage.completion_tokens == 400
+
+
+async def test_the_engine_process_says_when_it_is_ready_and_ends_cleanly_on_sigterm(
+    world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "engine.sock"
+    async with process(world, path) as running:
+        assert running.stdout is not None
+        assert await asyncio.to_thread(running.stdout.readline) == "ready\n"
+        async with await EngineClient.connect(path, reconnect=False) as client:
+            await client.submit(ask("a", sampling=replace(GREEDY, max_tokens=1000)))
+            began = time.monotonic()
+            running.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(running.wait, 20) == 0
+            assert time.monotonic() - began < 10
+        assert running.stdout.read() == "bye\n"
+    assert not path.exists()

@@ -1,0 +1,108 @@
+"""Settings: where they come from, what they refuse, and the files they stand for."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from service.settings import (
+    LONGEST_SOCKET_PATH,
+    Settings,
+    SettingsError,
+    private_folder,
+    read_or_create_secret,
+    token_key,
+)
+
+
+def test_a_flag_is_stronger_than_the_environment_and_that_than_the_default() -> None:
+    settings = Settings.read({"ATTUNE_PORT": "9000", "ATTUNE_HOST": "0.0.0.0", "HOME": "/root"}, port=9100)
+    assert (settings.port, settings.host, settings.model) == (9100, "0.0.0.0", "demo")
+
+
+def test_a_flag_that_was_not_given_does_not_hide_the_environment() -> None:
+    assert Settings.read({"ATTUNE_PORT": "9000"}, port=None).port == 9000
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "named"),
+    [
+        ({"ATTUNE_PORT": "many"}, {}, "ATTUNE_PORT"),
+        ({"ATTUNE_PROT": "8080"}, {}, "ATTUNE_PROT"),
+        ({}, {"port": 70000}, "--port"),
+        ({}, {"auto_refresh_after": -1}, "--auto-refresh-after"),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_its_key(
+    environment: dict[str, str], flags: dict[str, int], named: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.read(environment, **flags)
+    assert caught.value.key == named
+    assert "\n" not in str(caught.value)
+
+
+def test_a_child_reads_back_the_settings_of_its_parent() -> None:
+    settings = Settings.read(
+        {}, data=Path("/srv/a"), redis_url="redis://h:1/0", origins="https://a.example, https://b.example",
+        nightly_hour=None, token_hours=1.5, web_root=Path("/srv/page"),
+    )  # fmt: skip
+    assert Settings.read(settings.environment()) == settings
+    assert settings.origins == ("https://a.example", "https://b.example")
+
+
+def test_no_nightly_refresh_can_be_asked_for() -> None:
+    assert Settings.read({"ATTUNE_NIGHTLY_HOUR": "none"}).nightly_hour is None
+    assert Settings.read({}).nightly_hour == 3
+
+
+def test_a_relative_data_folder_becomes_absolute_so_that_children_agree() -> None:
+    assert Settings.read({}, data=Path("data")).data == Path.cwd() / "data"
+
+
+def test_sockets_move_to_a_short_folder_when_the_data_path_is_too_long(tmp_path: Path) -> None:
+    near = Settings.read({}, data=Path("/srv/attune"))
+    far = Settings.read({}, data=tmp_path / ("long" * 30))
+    assert near.run_folder == Path("/srv/attune/run")
+    assert len(os.fsencode(far.engine_socket)) <= LONGEST_SOCKET_PATH
+    assert far.run_folder != Settings.read({}, data=tmp_path / ("longer" * 30)).run_folder
+
+
+def test_names_are_handed_out_on_loopback_only_unless_asked() -> None:
+    assert Settings.read({}).demo_sessions
+    assert not Settings.read({}, host="0.0.0.0").demo_sessions
+    assert Settings.read({}, host="0.0.0.0", demo_users="on").demo_sessions
+    assert not Settings.read({}, demo_users="off").demo_sessions
+
+
+def test_the_secret_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "secret"
+    first = read_or_create_secret(path)
+    assert len(first) == 32
+    assert read_or_create_secret(path) == first
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_damaged_secret_is_an_error_and_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("half a secr")
+    with pytest.raises(SettingsError):
+        read_or_create_secret(path)
+    assert path.read_text() == "half a secr"
+
+
+def test_tokens_are_not_signed_with_the_key_of_adapter_ids(tmp_path: Path) -> None:
+    secret = read_or_create_secret(tmp_path / "secret")
+    assert token_key(secret) != secret
+    assert token_key(secret) == token_key(secret)
+
+
+def test_a_folder_for_sockets_is_private_and_a_link_is_refused(tmp_path: Path) -> None:
+    open_folder = tmp_path / "open"
+    open_folder.mkdir(mode=0o755)
+    assert stat.S_IMODE(private_folder(open_folder).stat().st_mode) == 0o700
+    (tmp_path / "link").symlink_to(open_folder)
+    with pytest.raises(SettingsError):
+        private_folder(tmp_path / "link")

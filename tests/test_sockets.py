@@ -1,0 +1,469 @@
+"""The WebSocket: the official SDK on it, our subprotocols, what closes it and what does not."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import pytest
+import websockets
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import InvalidStatus
+
+from service.limits import Limits
+from service.sockets import SocketOptions
+from tests.tiny_service import FAST, Running, TinyService
+
+pytest_plugins = ("tests.service_fixtures",)
+
+JSON = "attune.v1.json"
+MSGPACK = "attune.v1.msgpack"
+
+
+@asynccontextmanager
+async def socket(
+    gateway: Running, user: str = "ann", protocol: str | None = JSON, **options: Any
+) -> AsyncIterator[ClientConnection]:
+    subprotocols = None if protocol is None else [protocol]
+    settings = {"additional_headers": gateway.headers(user), "compression": None} | options
+    async with websockets.connect(gateway.socket_url, subprotocols=subprotocols, **settings) as connection:
+        yield connection
+
+
+async def send(connection: ClientConnection, **message: Any) -> None:
+    await connection.send(json.dumps(message))
+
+
+async def receive(connection: ClientConnection) -> Any:
+    return json.loads(await asyncio.wait_for(connection.recv(), 10))
+
+
+async def until(connection: ClientConnection, *kinds: str) -> list[Any]:
+    """Everything received up to the first event of one of these types."""
+    seen = [await receive(connection)]
+    while seen[-1]["type"] not in kinds:
+        seen.append(await receive(connection))
+    return seen
+
+
+ENDS = ("response.completed", "response.incomplete", "response.failed")
+
+
+def text(events: list[Any]) -> str:
+    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+
+
+# ---------------------------------------------------------------- the SDK
+
+
+async def test_the_official_sdk_talks_over_a_websocket_unchanged(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        async with gateway.client("ann").responses.connect() as connection:
+            await connection.response.create(model="me", input="hello")
+            events = []
+            async for event in connection:
+                events.append(event)
+                if event.type == "response.incomplete":
+                    break
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert events[0].type == "response.created"  # and nothing of ours before it
+        assert events[-1].response.output_text == "".join(
+            event.delta for event in events if event.type == "response.output_text.delta"
+        )
+
+
+async def test_the_sdk_sees_an_error_as_an_event_and_goes_on(service: TinyService) -> None:
+    async with service.gateway() as gateway, gateway.client("ann").responses.connect() as connection:
+        await connection.response.create(model="ann@1", input="hello")
+        error = await connection.recv()
+        assert error.type == "error"
+        assert error.error.code == "model_not_found"
+        assert error.status == 404
+        await connection.response.create(model="me", input="hello", max_output_tokens=1)
+        assert (await connection.recv()).type == "response.created"
+
+
+# ---------------------------------------------------------------- our subprotocols
+
+
+async def test_a_session_begins_with_who_and_which_adapter(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        version = await service.give_adapter("ann", 1)
+        async with socket(gateway) as connection:
+            assert connection.subprotocol == JSON
+            hello = await receive(connection)
+        assert hello["type"] == "session.created"
+        assert hello["user"] == "ann"
+        assert (hello["adapter"]["version"], hello["adapter"]["base"]) == (version, "tiny")
+        assert hello["expires_at"] > 0
+
+
+async def test_msgpack_frames_carry_the_same_conversation(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway, protocol=MSGPACK) as connection:
+        assert msgpack.unpackb(await connection.recv())["type"] == "session.created"
+        await connection.send(msgpack.packb({"type": "response.create", "input": "hello", "seed": 1}))
+        events = [msgpack.unpackb(await connection.recv())]
+        while events[-1]["type"] not in ENDS:
+            events.append(msgpack.unpackb(await connection.recv()))
+        assert len(text(events)) == 24
+
+
+async def test_a_plain_socket_hears_nothing_it_did_not_ask_for(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway, protocol=None) as connection:
+        await service.give_adapter("ann", 1)
+        await send(connection, type="ping", id=1)
+        assert await receive(connection) == {"type": "pong", "id": 1}
+
+
+async def test_every_socket_of_a_person_hears_of_a_new_adapter_and_nobody_elses(service: TinyService) -> None:
+    async with (
+        service.gateway() as gateway,
+        socket(gateway) as one,
+        socket(gateway) as two,
+        socket(gateway, "ben") as other,
+    ):
+        for connection in (one, two, other):
+            await until(connection, "session.created")
+        await service.give_adapter("ann", 1)
+        for connection in (one, two):
+            assert await receive(connection) == {"type": "adapter.updated", "from": 0, "to": 1}
+        training = {"job_id": "j", "state": "training", "progress": 0.5}
+        await service.store.publish_progress("ann", training)
+        assert await receive(two) == {"type": "adapter.refresh.progress", **training}
+        await send(other, type="ping", id=2)
+        assert (await receive(other))["type"] == "pong"
+
+
+async def test_a_refresh_can_be_asked_for(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await until(connection, "session.created")
+        await send(connection, type="adapter.refresh.create", event_id="e1")
+        told = await receive(connection)
+        assert (told["type"], told["event_id"], told["job_id"]) == ("adapter.refresh.queued", "e1", "job-1")
+        assert gateway.calls.refreshes == [("ann", "asked")]
+
+
+async def test_feedback_is_saved_and_a_correction_is_a_turn(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="hello")
+        last = (await until(connection, *ENDS))[-1]
+        item = last["response"]["output"][0]["id"]
+        await send(connection, type="feedback.create", item_id=item, rating="up", event_id="f1")
+        assert await receive(connection) == {
+            "type": "feedback.created", "item_id": item, "rating": "up", "correction_id": None,
+            "event_id": "f1",
+        }  # fmt: skip
+        assert (await service.store.turn("ann", item)).rating == "up"
+        await send(connection, type="feedback.create", item_id=item, correction="say this")
+        correction = await service.store.turn("ann", (await receive(connection))["correction_id"])
+        assert (correction.text, correction.author, correction.corrects) == ("say this", "person", item)
+
+
+async def test_feedback_on_anothers_turn_is_an_unknown_turn(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        reply = await gateway.client("ann").responses.create(model="me", input="hello")
+        async with socket(gateway, "ben") as connection:
+            await until(connection, "session.created")
+            for item in (reply.output[0].id, "nothing"):
+                await send(connection, type="feedback.create", item_id=item, rating="down")
+                assert (await receive(connection))["code"] == "turn_not_found"
+        assert reply.output[0].id is not None
+        assert (await service.store.turn("ann", reply.output[0].id)).rating is None
+
+
+async def test_typing_fetches_the_adapter_before_the_message(service: TinyService) -> None:
+    options = SocketOptions(prefetch_every=0.0)
+    async with service.gateway(sockets=options) as gateway, socket(gateway) as connection:
+        await until(connection, "session.created")
+        await service.give_adapter("ann", 1)
+        await send(connection, type="typing")
+        await asyncio.sleep(0.3)
+        await send(connection, type="response.create", input="hello", max_output_tokens=1)
+        metadata = (await until(connection, *ENDS))[-1]["response"]["metadata"]
+        assert metadata["adapter_version"] == "1"
+        assert metadata["adapter_tier"] in ("device", "host")
+
+
+# ---------------------------------------------------------------- asking, stopping, taking up again
+
+
+async def test_messages_of_one_socket_go_on_in_its_conversation(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        conversations = []
+        for said in ("one", "two"):
+            await send(connection, type="response.create", input=said, max_output_tokens=2)
+            last = (await until(connection, *ENDS))[-1]
+            conversations.append(last["response"]["conversation"]["id"])
+        assert len(set(conversations)) == 1
+        assert len(await service.store.conversation("ann", conversations[0])) == 4
+
+
+async def test_several_replies_share_a_socket_and_keep_apart(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await until(connection, "session.created")
+        for lane in ("a", "b", "c"):
+            await send(
+                connection, type="response.create", input=lane, conversation=lane, stream_id=lane, seed=1,
+                store=False, model="base",
+            )  # fmt: skip
+        lanes: dict[str, list[Any]] = {"a": [], "b": [], "c": []}
+        while any(not lane or lane[-1]["type"] not in ENDS for lane in lanes.values()):
+            event = await receive(connection)
+            lanes[event["stream_id"]].append(event)
+        for lane in lanes.values():
+            assert len({event["response_id"] for event in lane}) == 1
+            assert [event["sequence_number"] for event in lane] == list(range(len(lane)))
+            assert text(lane) == lane[-1]["response"]["output"][0]["content"][0]["text"]
+        assert len({text(lane) for lane in lanes.values()}) == 3
+
+
+async def test_one_reply_too_many_is_refused_and_the_socket_stays(service: TinyService) -> None:
+    limits = Limits(replies_per_socket=1)
+    async with service.gateway(limits=limits) as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="x", max_output_tokens=300)
+        await until(connection, "response.created")
+        await send(connection, type="response.create", input="y", event_id="e2", stream_id="s")
+        error = (await until(connection, "error"))[-1]
+        assert (error["code"], error["event_id"], error["stream_id"]) == ("rate_limit_exceeded", "e2", "s")
+        assert error["retryable"] is True
+        await until(connection, *ENDS)
+
+
+async def test_a_cancelled_reply_says_so_and_keeps_what_was_written(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="x", max_output_tokens=500)
+        seen = await until(connection, "response.output_text.delta")
+        await send(connection, type="response.cancel", response_id=seen[-1]["response_id"])
+        seen += await until(connection, *ENDS)
+        response = seen[-1]["response"]
+        assert response["status"] == "cancelled"
+        shown = text(seen)
+        assert 0 < len(shown) < 500
+        assert (await service.store.turns("ann"))[-1].text == shown
+
+
+async def test_nobody_can_cancel_or_resume_anothers_reply(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as ann, socket(gateway, "ben") as ben:
+        await send(ann, type="response.create", input="x", max_output_tokens=60)
+        reply = (await until(ann, "response.created"))[-1]["response_id"]
+        await until(ben, "session.created")
+        for kind, more in (
+            ("response.cancel", {}),
+            ("response.resume", {}),
+            ("response.ack", {"sequence_number": 0}),
+        ):
+            await send(ben, type=kind, response_id=reply, event_id="e", **more)
+            theirs = await receive(ben)
+            await send(ben, type=kind, response_id="resp_none", event_id="e", **more)
+            nobodys = await receive(ben)
+            assert theirs["code"] == nobodys["code"] == "response_not_found"
+            assert theirs["message"].replace(reply, "R") == nobodys["message"].replace("resp_none", "R")
+        assert (await until(ann, *ENDS))[-1]["response"]["status"] == "incomplete"
+
+
+async def test_a_reply_outlives_its_socket_and_is_resumed_exactly(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        async with socket(gateway) as connection:
+            await send(connection, type="response.create", input="x", seed=4, max_output_tokens=200)
+            seen = await until(connection, "response.output_text.delta")
+        reply, last = seen[-1]["response_id"], seen[-1]["sequence_number"]
+        async with socket(gateway) as connection:
+            await until(connection, "session.created")
+            await send(connection, type="response.resume", response_id=reply, starting_after=last)
+            seen += await until(connection, *ENDS)
+        numbers = [event["sequence_number"] for event in seen if "sequence_number" in event]
+        assert numbers == sorted(set(numbers))
+        assert text(seen) == seen[-1]["response"]["output"][0]["content"][0]["text"]
+        assert len(text(seen)) == 200
+
+
+async def test_a_finished_reply_is_replayed_from_any_number(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="x")
+        whole = (await until(connection, *ENDS))[1:]
+        for after in (-1, 3, len(whole) - 2):
+            await send(
+                connection, type="response.resume", response_id=whole[0]["response_id"], starting_after=after
+            )
+            assert await until(connection, *ENDS) == whole[after + 1 :]
+
+
+async def test_the_same_event_id_attaches_to_the_reply_it_began(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        async with socket(gateway) as connection:
+            await send(connection, type="response.create", input="x", event_id="once")
+            await until(connection, "response.created")
+        async with socket(gateway) as connection:
+            await until(connection, "session.created")
+            await send(connection, type="response.create", input="x", event_id="once")
+            assert len(text(await until(connection, *ENDS))) == 24
+            await send(connection, type="response.create", input="y", event_id="once")
+            assert (await receive(connection))["code"] == "idempotency_conflict"
+        assert len(await service.store.turns("ann")) == 2
+
+
+async def test_a_reply_that_nobody_listens_to_ends_and_is_kept(service: TinyService) -> None:
+    patience = replace(FAST, orphan=0.1)
+    async with service.gateway(patience=patience) as gateway:
+        async with socket(gateway) as connection:
+            await send(connection, type="response.create", input="x", max_output_tokens=500)
+            reply = (await until(connection, "response.created"))[-1]["response_id"]
+        await asyncio.sleep(0.4)
+        ended = await gateway.client("ann").responses.retrieve(reply)
+        assert ended.incomplete_details is not None
+        assert (ended.status, ended.incomplete_details.reason) == ("incomplete", "disconnected")
+        assert (await service.store.turns("ann"))[-1].text == ended.output_text
+
+
+async def test_an_acknowledged_reply_leaves_memory_and_can_still_be_read(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="x")
+        last = (await until(connection, *ENDS))[-1]
+        await send(
+            connection, type="response.ack", response_id=last["response_id"],
+            sequence_number=last["sequence_number"],
+        )  # fmt: skip
+        await send(connection, type="ping")
+        await until(connection, "pong")
+        assert last["response_id"] not in gateway.gateway.replies._replies
+        assert (await gateway.client("ann").responses.retrieve(last["response_id"])).status == "incomplete"
+
+
+# ---------------------------------------------------------------- what closes it and what does not
+
+
+async def test_an_unknown_message_is_an_error_and_never_a_close(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await until(connection, "session.created")
+        for message in (
+            {"type": "x", "event_id": "e"},
+            {},
+            {"type": 5},
+            {"type": "response.create", "seed": {}},
+        ):
+            await connection.send(json.dumps(message))
+            assert (await receive(connection))["type"] == "error"
+        await send(connection, type="ping", id="still here")
+        assert (await receive(connection))["id"] == "still here"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "frame", "code"),
+    [
+        (JSON, "{", 4400),
+        (JSON, "[]", 4400),
+        (JSON, "[" * 100_000, 4400),
+        (JSON, b"{}", 1003),
+        (MSGPACK, "{}", 1003),
+        (MSGPACK, b"\xc1", 4400),
+        (MSGPACK, b"\x91" * 200_000, 4400),
+        (None, '"x"', 4400),
+        (JSON, '{"a":"' + "x" * (1 << 20) + '"}', 1009),
+        (MSGPACK, b"\xff" * ((1 << 20) + 1), 1009),
+    ],
+)
+async def test_a_frame_that_is_no_message_closes_the_socket(
+    service: TinyService, protocol: str | None, frame: str | bytes, code: int
+) -> None:
+    async with service.gateway() as gateway, socket(gateway, protocol=protocol) as connection:
+        await connection.send(frame)
+        await asyncio.wait_for(connection.wait_closed(), 5)
+        assert connection.close_code == code
+
+
+async def test_text_that_is_not_utf8_closes_with_1007(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await connection.send(b"\xff\xfe", text=True)
+        await asyncio.wait_for(connection.wait_closed(), 5)
+        assert connection.close_code == 1007
+
+
+async def closed_with(gateway: Running, **options: Any) -> int:
+    async with websockets.connect(gateway.socket_url, **options) as connection:
+        await asyncio.wait_for(connection.wait_closed(), 5)
+        assert connection.close_code is not None
+        return connection.close_code
+
+
+async def test_a_socket_without_a_good_credential_is_closed_with_4401(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        assert await closed_with(gateway) == 4401
+        assert await closed_with(gateway, additional_headers={"authorization": "Bearer x"}) == 4401
+        assert await closed_with(gateway, subprotocols=[JSON, "ticket.nonsense"]) == 4401
+        old = {"authorization": f"Bearer {gateway.token('ann', -1)}"}
+        assert await closed_with(gateway, additional_headers=old) == 4401
+
+
+async def test_a_ticket_opens_one_socket_from_its_page_only(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        client = gateway.client("ann", default_headers={"origin": gateway.url})
+        bought: Any = await client.post("/../attune/tickets", cast_to=object)
+        offer = [JSON, f"ticket.{bought['ticket']}"]
+        async with websockets.connect(
+            gateway.socket_url, subprotocols=offer, origin=gateway.url
+        ) as connection:
+            assert connection.subprotocol == JSON
+            assert (await receive(connection))["user"] == "ann"
+        assert await closed_with(gateway, subprotocols=offer, origin=gateway.url) == 4401
+
+
+async def test_a_foreign_page_is_refused_before_the_handshake(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        for origin in ("http://evil.example", "null"):
+            with pytest.raises(InvalidStatus) as caught:
+                async with socket(gateway, origin=origin):
+                    pass
+            assert caught.value.response.status_code == 403
+
+
+async def test_a_socket_ends_when_its_credential_does(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        headers = {"authorization": f"Bearer {gateway.token('ann', 2)}"}
+        async with websockets.connect(
+            gateway.socket_url, subprotocols=[JSON], additional_headers=headers
+        ) as connection:
+            warned = (await until(connection, "session.expiring"))[-1]
+            assert warned["reason"] == "credential"
+            await asyncio.wait_for(connection.wait_closed(), 5)
+            assert connection.close_code == 4401
+
+
+async def test_a_socket_ends_at_its_age_and_says_so_before(service: TinyService) -> None:
+    options = SocketOptions(max_age=0.3, warn_before=0.2)
+    async with service.gateway(sockets=options) as gateway, socket(gateway) as connection:
+        warned = (await until(connection, "session.expiring"))[-1]
+        assert (warned["reason"], warned["seconds"]) == ("max_age", 0.2)
+        await asyncio.wait_for(connection.wait_closed(), 5)
+        assert connection.close_code == 1001
+
+
+async def test_a_person_has_so_many_sockets_and_no_more(service: TinyService) -> None:
+    async with service.gateway(limits=Limits(sockets_per_user=1)) as gateway:
+        async with socket(gateway) as connection:
+            await until(connection, "session.created")
+            assert await closed_with(gateway, additional_headers=gateway.headers("ann")) == 4429
+            async with socket(gateway, "ben") as other:
+                await until(other, "session.created")
+        async with socket(gateway) as connection:
+            await until(connection, "session.created")
+
+
+async def test_more_messages_than_a_person_may_send_are_errors(service: TinyService) -> None:
+    limits = Limits(messages="3/minute")
+    async with service.gateway(limits=limits) as gateway, socket(gateway) as connection:
+        await until(connection, "session.created")
+        for _ in range(4):
+            await send(connection, type="ping")
+        kinds = [(await receive(connection))["type"] for _ in range(4)]
+        assert kinds == ["pong", "pong", "pong", "error"]
+
+
+async def test_a_gateway_that_stops_says_so_and_closes_with_1012(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await until(connection, "session.created")
+        gateway.server.should_exit = True
+        await asyncio.wait_for(connection.wait_closed(), 5)
+        assert connection.close_code == 1012

@@ -1,0 +1,141 @@
+"""The supervisor's promises, kept by real processes: restart, stop, no orphans, one service per folder."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, SettingsError
+from service.supervisor import (
+    AlreadyRunning,
+    Child,
+    ChildGaveUp,
+    Program,
+    data_lock,
+    require_free_port,
+    restart_delay,
+    running_settings,
+    until,
+)
+
+
+def shell(script: str, grace_s: float = 5.0) -> Program:
+    return Program("test", ("/bin/sh", "-c", script), dict(os.environ), grace_s)
+
+
+async def pid_after(child: Child, old: int | None) -> int:
+    """The pid of the next start after `old`."""
+
+    async def new() -> bool:
+        return child.pid not in (None, old)
+
+    async with asyncio.timeout(10):
+        await until(new)
+    assert child.pid is not None
+    return child.pid
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+async def test_a_child_that_is_killed_is_started_again() -> None:
+    child = Child(shell("sleep 60"))
+    keeping = asyncio.create_task(child.keep())
+    first = await pid_after(child, None)
+    os.kill(first, signal.SIGKILL)
+    second = await pid_after(child, first)
+    assert second != first
+    assert child.starts == 2
+    keeping.cancel()
+    await child.stop()
+    assert child.pid is None
+    assert gone(second)
+
+
+async def test_a_child_that_leaves_with_code_two_is_not_started_again() -> None:
+    child = Child(shell("exit 2"))
+    with pytest.raises(ChildGaveUp):
+        await child.keep()
+    assert child.starts == 1
+
+
+async def test_a_child_that_ignores_the_request_to_end_is_killed_after_its_grace(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    child = Child(shell(f"trap '' TERM; touch {deaf}; while true; do sleep 0.1; done", grace_s=0.5))
+    keeping = asyncio.create_task(child.keep())
+    pid = await pid_after(child, None)
+    while not deaf.exists():  # noqa: ASYNC110 - another process sets it
+        await asyncio.sleep(0.02)
+    keeping.cancel()
+    began = time.monotonic()
+    await child.stop()
+    assert time.monotonic() - began >= 0.5
+    assert gone(pid)
+
+
+def test_children_die_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, sys, time\n"
+        "from service import leash\n"
+        "child = subprocess.Popen(leash.command(['/bin/sleep', '60']))\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert not gone(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone(pid)
+
+
+def test_the_pause_before_a_restart_doubles_up_to_a_bound() -> None:
+    delays = [restart_delay(failures) for failures in range(1, 12)]
+    assert delays[:3] == [0.1, 0.2, 0.4]
+    assert delays == sorted(delays)
+    assert delays[-1] == 10.0
+
+
+def test_a_data_folder_has_one_service(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with data_lock(lock), pytest.raises(AlreadyRunning, match=f"process {os.getpid()}"), data_lock(lock):
+        pytest.fail("two services on one folder")
+    with data_lock(lock):
+        pass
+
+
+def test_commands_find_the_settings_of_the_running_service_by_its_folder(tmp_path: Path) -> None:
+    asked = Settings.read({}, data=tmp_path)
+    running = Settings.read({}, data=tmp_path, port=9321)
+    running.run_folder.mkdir()
+    (running.run_folder / "service.json").write_text(
+        "{" + ",".join(f'"{k}":"{v}"' for k, v in running.environment().items()) + "}"
+    )
+    assert running_settings(asked) is None  # what a killed service left behind does not count
+    with data_lock(asked.lock_path):
+        assert running_settings(asked) == running
+
+
+def test_a_taken_port_is_refused_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=str(port)):
+            require_free_port("127.0.0.1", port)
+    require_free_port("127.0.0.1", port)

@@ -1,0 +1,377 @@
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+from saq import Job, Status
+
+from engine.weights import read_config
+from personalization.jobs import (
+    JobPolicy,
+    RefreshQueue,
+    cancel_jobs,
+    dead_letters,
+    job_key,
+    queue_stats,
+    request_refresh,
+)
+from personalization.publish import Shelf
+from personalization.refresh import RefreshPolicy
+from personalization.store import Store
+from personalization.train import Recipe
+from personalization.worker import WorkerSettings, run_nightly, run_worker, should_refresh
+from tests.redis_fixture import SECRET
+from tests.small_model import save_small_model, talk
+
+POLICY = RefreshPolicy(
+    minimum_turns=20,
+    gate_tokens=96,
+    row_tokens=32,
+    recipe=Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=2, tokens_per_step=32),
+)
+SLOW = dataclasses.replace(POLICY, recipe=dataclasses.replace(POLICY.recipe, epochs=150))
+JOBS = JobPolicy(timeout=120, heartbeat=2, retries=3, retry_delay=0.1, retry_backoff=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def settings(redis_url: str, folder: Path, tmp_path: Path) -> WorkerSettings:
+    return WorkerSettings(
+        data=tmp_path,
+        redis_url=redis_url,
+        model_folder=folder,
+        model_name="small",
+        secret=SECRET,
+        policy=POLICY,
+        jobs=JOBS,
+        threads=1,
+        device="cpu",
+        gather_s=0.3,
+        sweep_s=1,
+        nightly_hour=None,
+        free_bytes_floor=0,
+    )
+
+
+@pytest_asyncio.fixture
+async def queue(redis_url: str) -> AsyncIterator[RefreshQueue]:
+    client = Redis.from_url(redis_url)
+    yield RefreshQueue(client)
+    await client.aclose()
+
+
+@contextlib.asynccontextmanager
+async def working(settings: WorkerSettings) -> AsyncIterator["asyncio.Task[None]"]:
+    task = asyncio.create_task(run_worker(settings))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(true: Callable[[], Awaitable[Any]], *, seconds: float = 60.0) -> Any:
+    """Wait until `true` gives something; fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := await true():
+            return found
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not within {seconds:g} s")
+
+
+def is_in(store: Store, user: str, *states: str) -> Callable[[], Awaitable[Any]]:
+    async def look() -> Any:
+        progress = await store.progress(user)
+        return progress if progress and progress["state"] in states else None
+
+    return look
+
+
+async def test_asking_twice_joins_the_first_request(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    first = await request_refresh(queue, store, "ann", "asked")
+    second = await request_refresh(queue, store, "ann", "turns")
+    assert first.state == second.state == "queued"
+    assert first.job_id == second.job_id
+    assert (await queue_stats(queue)).queued == 1
+    progress = await store.progress("ann")
+    assert progress == {"job_id": first.job_id, "asked_by": "asked", "state": "queued", "progress": 0.0}
+
+
+async def test_people_who_ask_at_the_same_time_share_a_stack(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    for user in ("ann", "bob", "few"):
+        await store.append(user, talk(user, 8 if user == "few" else 40))
+        await request_refresh(queue, store, user, "asked", jobs=JOBS)
+    async with store.events() as events, working(settings):
+        seen: list[dict[str, Any]] = []
+
+        async def collect() -> None:
+            async for event in events:
+                seen.append(event)
+
+        collecting = asyncio.create_task(collect())
+        for user in ("ann", "bob"):
+            done = await until(is_in(store, user, "completed", "failed"))
+            assert (done["published"], done["from"], done["to"]) == (True, 0, 1)
+        refused = await until(is_in(store, "few", "failed"))
+        await until(finished(queue, store, "few"))
+        collecting.cancel()
+    assert (refused["code"], refused["message"]) == (
+        "not_enough_turns",
+        "not enough turns yet: 8 of 20 to learn from",
+    )
+    kinds = [(event.get("user"), event.get("state"), event["type"]) for event in seen]
+    # One batch: bob's training begins before ann has come to an end.
+    assert kinds.index(("bob", "training", "adapter.refresh")) < kinds.index(("ann", None, "adapter.updated"))
+    counts = (await queue_stats(queue)).counts
+    assert counts == {"published": 2, "not_enough_turns": 1}
+    assert await dead_letters(queue) == []
+
+
+def finished(queue: RefreshQueue, store: Store, user: str) -> Callable[[], Awaitable[Any]]:
+    async def look() -> Any:
+        job = await queue.job(job_key(store, user))
+        return job if job is not None and job.completed else None
+
+    return look
+
+
+async def test_a_worker_killed_in_the_middle_is_made_up_for_exactly_once(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store, tmp_path: Path
+):
+    await store.append("ann", talk("ann", 40))
+    requested = await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    first = await start_process(dataclasses.replace(settings, policy=SLOW), tmp_path)
+    progress = await until(is_in(store, "ann", "training"))
+    await until(lambda: more_than(store, "ann", progress["progress"]))
+    trainers = children(first.pid)
+    os.kill(first.pid, signal.SIGKILL)
+    await first.wait()
+    killed_at = time.monotonic()
+    async with working(settings):
+        done = await until(is_in(store, "ann", "completed"), seconds=40)
+        job = await until(finished(queue, store, "ann"))
+    assert done["job_id"] == requested.job_id
+    assert (done["published"], done["to"]) == (True, 1)
+    assert (job.status, job.attempts) == (Status.COMPLETE, 2)
+    assert time.monotonic() - killed_at < 40
+    assert [record.version for record in await store.versions("ann")] == [1]
+    stats = await queue_stats(queue)
+    assert (stats.queued, stats.active, stats.counts) == (0, 0, {"published": 1})
+    assert trainers
+    assert not [pid for pid in trainers if alive(pid)]
+
+
+async def more_than(store: Store, user: str, share: float) -> bool:
+    progress = await store.progress(user)
+    return progress is not None and progress["progress"] > share
+
+
+async def start_process(settings: WorkerSettings, tmp_path: Path) -> asyncio.subprocess.Process:
+    """A worker in a process of its own."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import asyncio\n"
+        "from pathlib import Path, PosixPath\n"
+        "from personalization.gate import GatePolicy\n"
+        "from personalization.jobs import JobPolicy\n"
+        "from personalization.refresh import RefreshPolicy\n"
+        "from personalization.train import Recipe\n"
+        "from personalization.worker import WorkerSettings, run_worker\n"
+        f"asyncio.run(run_worker({settings!r}))\n"
+    )
+    root = Path(__file__).parent.parent
+    return await asyncio.create_subprocess_exec(
+        sys.executable, str(script), env={**os.environ, "PYTHONPATH": str(root)}
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+async def test_a_job_that_always_fails_ends_as_a_dead_letter(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    await store.append("ann", talk("ann", 40))
+    shelf = settings.data / "adapters"
+    shelf.mkdir()
+    (shelf / store.adapter_id("ann")).write_text("a file where the folder should be")
+    requested = await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    async with working(settings):
+        failed = await until(is_in(store, "ann", "failed"))
+    assert failed["code"] == "refresh_failed"
+    assert failed["message"] == "the refresh failed 3 times and was given up"
+    (letter,) = await dead_letters(queue)
+    assert letter["job_id"] == requested.job_id
+    assert letter["attempts"] == 3
+    assert letter["adapter"] == store.adapter_id("ann")
+    assert "ann" not in str(letter)
+    assert "Error" in letter["error"]
+    assert (await queue_stats(queue)).dead == 1
+    assert await store.learned_since_refresh("ann") == 40
+    again = await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    assert again.job_id != requested.job_id
+
+
+async def test_someone_forgotten_during_training_leaves_nothing_and_the_others_are_served(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store, redis: Redis
+):
+    slow = dataclasses.replace(SLOW, recipe=dataclasses.replace(SLOW.recipe, epochs=40))
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, 40))
+        await request_refresh(queue, store, user, "asked", jobs=JOBS)
+    async with working(dataclasses.replace(settings, policy=slow)):
+        await until(is_in(store, "ann", "training"))
+        await store.forget("ann")
+        assert await cancel_jobs(queue, store, "ann") == 1
+        await until(is_in(store, "bob", "completed"))
+        await asyncio.sleep(0.5)  # whatever ann's job still does, it does now
+    adapter_id = store.adapter_id("ann")
+    assert (await store.pointer("ann")).version == 0
+    assert not (settings.data / "adapters" / adapter_id).exists()
+    left = [key.decode() async for key in redis.scan_iter(f"*{adapter_id}*")]
+    assert left == [f"attune:life:{adapter_id}"]
+    assert await store.progress("ann") is None
+    assert await cancel_jobs(queue, store, "ann") == 0
+
+
+async def test_a_cancelled_job_that_waits_is_never_run(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, 40))
+        await request_refresh(queue, store, user, "asked", jobs=JOBS)
+    assert await cancel_jobs(queue, store, "ann") == 1
+    async with working(settings):
+        await until(is_in(store, "bob", "completed"))
+    assert await store.versions("ann") == []
+    again = await request_refresh(queue, store, "ann", "asked")
+    assert again.state == "queued"
+
+
+async def test_stopping_the_worker_puts_its_job_back(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    await store.append("ann", talk("ann", 40))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    async with working(dataclasses.replace(settings, policy=SLOW)):
+        await until(is_in(store, "ann", "training"))
+    job = await queue.job(job_key(store, "ann"))
+    assert job is not None
+    assert (job.status, job.error) == (Status.QUEUED, "cancelled")
+    assert (await queue_stats(queue)).active == 0
+
+
+async def test_the_sweep_leaves_a_job_alone_whose_worker_is_just_starting_it(
+    queue: RefreshQueue, store: Store
+):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    assert await queue.sweep(lock=1) == []  # taken from the queue, its worker has not said a word yet
+    await job.update(status=Status.ACTIVE, started=int(time.time() * 1000))
+    await asyncio.sleep(1.1)
+    assert await queue.sweep(lock=1) == []
+    assert (await queue_stats(queue)).active == 1
+
+
+async def test_the_sweep_brings_back_a_job_whose_worker_never_said_a_word(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    assert await queue.dequeue(timeout=1) is not None
+    assert await queue.sweep(lock=1) == []
+    await asyncio.sleep(1.1)
+    assert await queue.sweep(lock=1) == [queue.job_id(job_key(store, "ann"))]
+    assert (await queue_stats(queue)).active == 0
+
+
+async def test_a_job_lost_at_every_attempt_ends_as_a_dead_letter(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=dataclasses.replace(JOBS, retries=1))
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    long_ago = int(time.time() * 1000) - 200_000
+    await job.update(status=Status.ACTIVE, started=long_ago, attempts=1)
+    assert await queue.sweep(lock=1) == [job.id]
+    (letter,) = await dead_letters(queue)
+    assert letter["error"] == "the worker was lost at every attempt"
+
+
+async def test_an_erased_job_cannot_be_written_back_by_its_worker(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    await cancel_jobs(queue, store, "ann")
+    await job.update()
+    await job.retry("cancelled")
+    await job.finish(Status.COMPLETE)
+    assert await queue.job(job_key(store, "ann")) is None
+    later = await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    await job.finish(Status.COMPLETE)
+    stored = await queue.job(job_key(store, "ann"))
+    assert stored is not None
+    assert stored.kwargs is not None
+    assert (stored.kwargs["job_id"], stored.status) == (later.job_id, Status.QUEUED)
+
+
+async def test_the_night_asks_for_those_with_something_new_in_groups(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    for number in range(5):
+        await store.append(f"user{number}", talk(f"user{number}", 25))
+    await store.append("few", talk("few", 5))
+    seen = talk("user0", 25)
+    await store.mark_refreshed("user0", [turn.id for turn in seen])
+
+    class Half:
+        def uniform(self, low: float, high: float) -> float:
+            return (low + high) / 2
+
+    context = {
+        "settings": dataclasses.replace(settings, gather_people=3, nightly_spread_s=100.0),
+        "store": store,
+        "queue": queue,
+        "shelf": Shelf(settings.data / "adapters", read_config(settings.model_folder)),
+        "random": Half(),
+    }
+    before = time.time()
+    assert await run_nightly(context) == 4
+    jobs = [await queue.job(job_key(store, f"user{number}")) for number in range(1, 5)]
+    assert await queue.job(job_key(store, "user0")) is None
+    assert await queue.job(job_key(store, "few")) is None
+    for job in jobs:
+        assert isinstance(job, Job)
+        assert before + 49 <= job.scheduled <= time.time() + 51
+    assert (await queue_stats(queue)).scheduled == 4
+
+
+@pytest.mark.parametrize(("new", "after", "expected"), [(49, 50, False), (50, 50, True), (500, 0, False)])
+def test_enough_new_turns_start_a_refresh_by_themselves(new: int, after: int, expected: bool):
+    assert should_refresh(new, dataclasses.replace(POLICY, auto_after=after)) is expected
