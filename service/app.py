@@ -65,6 +65,7 @@ class GatewayOptions:
     session: SessionOptions = field(default_factory=SessionOptions)
     sockets: SocketOptions = field(default_factory=SocketOptions)
     patience: Patience = field(default_factory=Patience)
+    store_patience_s: float = 3.0  # how long of an absence of the store is waited out
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class GatewayDeps:
     renderer: Renderer
     options: GatewayOptions
     refresh: Callable[[str, str], Awaitable[dict[str, Any]]]
-    rollback: Callable[[str, int], Awaitable[None]]
+    rollback: Callable[[str, int], Awaitable[int]]
     forget: Callable[[str], Awaitable[dict[str, Any]]]
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
@@ -90,7 +91,7 @@ class Gateway:
         self.deps = deps
         options = deps.options
         self.metrics = Metrics()
-        self.health = StoreHealth(deps.store, self.metrics)
+        self.health = StoreHealth(deps.store, self.metrics, patience_s=options.store_patience_s)
         self.limits = RateLimits(options.limits)
         self.auth = Authenticator(options.token_key, deps.store, origins=options.origins, clock=deps.clock)
         self.sockets = Sockets()

@@ -45,7 +45,7 @@ class AttuneServices:
     base_model: str
     clock: Callable[[], float]
     refresh: Callable[[str, str], Awaitable[dict[str, Any]]]
-    rollback: Callable[[str, int], Awaitable[None]]
+    rollback: Callable[[str, int], Awaitable[int]]
     forget: Callable[[str], Awaitable[dict[str, Any]]]
     demo_hours: float | None = None
     samples: Sequence[dict[str, str]] = field(default_factory=tuple)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,9 +15,9 @@ from engine.client import EngineClient
 from personalization.prompt import Renderer
 from personalization.store import Store, connect
 from service import protocol
+from service.actions import Actions
 from service.app import GatewayDeps, GatewayOptions, build_app
 from service.auth import allowed_origins
-from service.forget import forget
 from service.samples import SAMPLES, ensure_samples
 from service.session import SessionOptions
 from service.settings import Settings, read_or_create_secret, token_key
@@ -27,6 +26,7 @@ from service.uvicorn_protocol import AbortingWebSocketProtocol
 log = structlog.get_logger(__name__)
 
 ENGINE_PATIENCE_S = 3600.0  # a large model takes its time to load
+REDIS_CONNECTIONS = 128  # opened as needed; more than are ever waited for at once
 
 
 class Server(uvicorn.Server):
@@ -66,49 +66,6 @@ async def serve(app: Starlette, **where: Any) -> None:
         raise
 
 
-class LearningRoom:
-    """What the gateway asks of learning. Those files import torch, which the gateway otherwise does
-    without, so they are loaded when first needed, off the event loop."""
-
-    def __init__(self, settings: Settings, store: Store, redis: Any, engine: EngineClient) -> None:
-        self._settings = settings
-        self._store = store
-        self._redis = redis
-        self._engine = engine
-
-    async def refresh(self, user: str, reason: str) -> dict[str, Any]:
-        worker = await self._room("personalization.worker")
-        asked = await worker.request_refresh(worker.open_queue(self._redis), self._store, user, reason)
-        return {"job_id": asked.job_id, "state": asked.state}
-
-    async def rollback(self, user: str, version: int) -> None:
-        """Raises LookupError: no such version, or its files are gone or bad, or another one came
-        meanwhile."""
-        publish = await self._room("personalization.publish")
-        weights = await self._room("engine.weights")
-        shelf = publish.Shelf(self._settings.adapter_root, weights.read_config(Path(self._settings.model)))
-        try:
-            await publish.rollback(shelf, self._store, user, version)
-        except (publish.PublishError, publish.AdapterError) as error:
-            raise LookupError(str(error)) from error
-
-    async def forget(self, user: str) -> dict[str, Any]:
-        worker = await self._room("personalization.worker")
-        queue = worker.open_queue(self._redis)
-        removed = await forget(
-            user,
-            store=self._store,
-            redis=self._redis,
-            engine=self._engine,
-            adapter_root=self._settings.adapter_root,
-            cancel_jobs=lambda name: worker.cancel_jobs(queue, self._store, name),
-        )
-        return removed.as_dict()
-
-    async def _room(self, name: str) -> Any:
-        return await asyncio.to_thread(importlib.import_module, name)
-
-
 def session_options(settings: Settings) -> SessionOptions:
     """Sampling defaults as the model's makers set them in generation_config.json, where they did."""
     given: dict[str, Any] = {}
@@ -129,7 +86,7 @@ def _number(value: object, otherwise: float) -> float:
 async def run_gateway(settings: Settings) -> None:
     """Serve until cancelled."""
     secret = read_or_create_secret(settings.secret_path)
-    redis = connect(settings.redis_address)
+    redis = connect(settings.redis_address, max_connections=REDIS_CONNECTIONS)
     store = Store(redis, secret)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
@@ -137,7 +94,15 @@ async def run_gateway(settings: Settings) -> None:
         stack.push_async_callback(engine.close)
         context_length = engine.info.context_length
         renderer = await asyncio.to_thread(Renderer, Path(settings.model), context_length)
-        learning = LearningRoom(settings, store, redis, engine)
+
+        async def connected() -> EngineClient:
+            return engine
+
+        actions = Actions(settings, store, redis, connected)
+
+        async def forget(user: str) -> dict[str, Any]:
+            return (await actions.forget(user)).as_dict()
+
         options = GatewayOptions(
             token_key=token_key(secret),
             base_model=settings.shown_model,
@@ -154,24 +119,24 @@ async def run_gateway(settings: Settings) -> None:
                 engine=engine,
                 renderer=renderer,
                 options=options,
-                refresh=learning.refresh,
-                rollback=learning.rollback,
-                forget=learning.forget,
+                refresh=actions.refresh,
+                rollback=actions.rollback,
+                forget=forget,
             )
         )
         if settings.demo_sessions:
-            await stack.enter_async_context(_samples(store, learning))
+            await stack.enter_async_context(_samples(store, actions))
         log.info("gateway.ready", host=settings.host, port=settings.port)
         await serve(app, host=settings.host, port=settings.port)
 
 
 @contextlib.asynccontextmanager
-async def _samples(store: Store, learning: LearningRoom) -> AsyncIterator[None]:
+async def _samples(store: Store, actions: Actions) -> AsyncIterator[None]:
     """Bring in the sample people beside serving; without them everything else works."""
 
     async def bring_in() -> None:
         try:
-            asked = await ensure_samples(store, learning.refresh)
+            asked = await ensure_samples(store, actions.refresh)
             log.info("samples.ready", refreshes=len(asked))
         except Exception as error:
             log.warning("samples.failed", reason=str(error))

@@ -246,6 +246,7 @@ class TinyService:
         demo_hours: float | None = None,
         store: Store | None = None,
         server: dict[str, Any] | None = None,
+        store_patience_s: float = 3.0,
         **deps: Any,
     ) -> AsyncIterator[Running]:
         calls = Calls()
@@ -255,8 +256,9 @@ class TinyService:
             calls.refreshes.append((user, reason))
             return {"job_id": f"job-{len(calls.refreshes)}", "state": "queued"}
 
-        async def rollback(user: str, version: int) -> None:
+        async def rollback(user: str, version: int) -> int:
             calls.rollbacks.append((user, version))
+            return (await self.store.pointer(user)).version
 
         async def forget(user: str) -> dict[str, Any]:
             calls.forgotten.append(user)
@@ -274,6 +276,7 @@ class TinyService:
             session=session or SessionOptions(max_output_tokens=24),
             sockets=sockets or SocketOptions(),
             patience=patience,
+            store_patience_s=store_patience_s,
         )
         app = build_app(
             GatewayDeps(
