@@ -109,7 +109,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.packed is not None and not torch.is_grad_enabled():
-            y = self.packed(x, self.weight, self.bias)
+            y = self.packed(x)
             return y if residual is None else y.add_(residual)
         if residual is not None and self.bias is None:
             return torch.addmm(residual, x, self.weight.t())

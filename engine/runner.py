@@ -314,4 +314,4 @@ def _pack_weights(model: LoadedModel) -> None:
     if size > PACK_BYTES or not all(kernels.PackedLinear.supports(p.weight) for p in projections):
         return
     for projection in projections:
-        projection.packed = kernels.PackedLinear(projection.weight)
+        projection.packed = kernels.PackedLinear(projection.weight, projection.bias)

@@ -153,22 +153,39 @@ class PackedLinear:
     """y = x @ W.T (+ bias) on a CPU in float32, from a copy of W in the order the product reads it in.
 
     A plain product of few rows packs W anew in each call, at 8 rows for as much time as the product itself
-    takes. The price is the second copy of W.
+    takes; and reading W from memory is most of what is left. So the copy is of 16 bits where W was stored in
+    16 bits and they hold it exactly (sums stay float32), and of 32 bits otherwise.
     """
 
-    # The packing is good for any number of rows; it is laid out for as many as a decode step usually has.
-    _ROWS = 64
+    # Each layout is good for any number of rows. The first is laid out for as many as a decode step usually
+    # has; the second loses to a plain product from here on.
+    _PACKED_FOR_ROWS = 64
+    _MOST_HALF_ROWS = 24
 
-    def __init__(self, weight: Tensor) -> None:
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), self._ROWS)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._half = None
+        self._full = None
+        fits_half = torch.equal(self._weight.half().float(), self._weight)
+        if fits_half and hasattr(torch.ops.quantized, "linear_dynamic_fp16"):
+            self._half = torch.ops.quantized.linear_prepack_fp16(self._weight, self._bias)
+        else:
+            self._full = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, self._PACKED_FOR_ROWS)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, weight, bias, x.shape[0])
-        return y
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if self._half is None:
+            y: Tensor = torch.ops.mkl._mkl_linear(x, self._full, self._weight, self._bias, rows)
+            return y
+        if rows <= self._MOST_HALF_ROWS:
+            y = torch.ops.quantized.linear_dynamic_fp16(x, self._half)
+            return y
+        return torch.nn.functional.linear(x, self._weight, self._bias)
 
     @staticmethod
     def supports(weight: Tensor) -> bool:
-        """Whether this torch build has the packed product, for a tensor like this."""
+        """Whether this torch build has the packed products, for a tensor like this."""
         return (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32

@@ -65,8 +65,8 @@ def _rows(
     window_tokens: int,
     context_tokens: int,
 ) -> list[Example]:
-    """The turns from `first` to before `past`, cut into windows; a window ends with its last turn to learn, and
-    one without any is no row."""
+    """The turns from `first` to before `past`, cut into windows; a window ends with its last turn to learn,
+    and one without any is no row."""
     costs = [renderer.cost(turn) for turn in said[:past]]
     room = window_tokens - renderer.frame_cost
     rows = []

@@ -18,7 +18,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer
 from personalization.history import Turn, effective, learned
 from personalization.template import PLAIN_STOP, Message, load_template, read_json
 
-COUNTED_TEXTS = 16_384  # texts whose token count is remembered
+COUNTED_TEXTS = 65_536  # texts whose token count is remembered
 KEPT_AT_A_JUMP = (0.35, 0.65)  # of the window
 
 # Put around a turn's text to see where the template leaves it; private characters, never part of a
@@ -98,7 +97,7 @@ class Renderer:
         self._forged = re.compile(
             "|".join(map(re.escape, sorted(self._special.values(), key=len, reverse=True)))
         )
-        self._count = lru_cache(COUNTED_TEXTS)(lambda text: len(self._encode(self._clean(text))))
+        self._counts: dict[bytes, int] = {}
         self.eos_token_ids = self._find_end_tokens(tokenizer_folder)
         self._measure_frame()
 
@@ -138,7 +137,10 @@ class Renderer:
 
     def example(self, turns: Sequence[Turn], learn: Callable[[Turn], bool] = learned) -> Example:
         """The turns as one chat, and which of its tokens belong to turns to learn. A turn whose place in the
-        rendered text cannot be told for certain is not learned."""
+        rendered text cannot be told for certain is not learned.
+
+        The ids before a reply are those of its prompt, as long as the tokenizer does not join the white space
+        at a prompt's end with what follows (GPT-2's does, behind a template that ends in two line ends)."""
         said = effective(turns)
         rendered = self._locate(said)
         encoding = self._tokenizer.encode(rendered.text, add_special_tokens=False)
@@ -171,6 +173,17 @@ class Renderer:
         # The template writes the begin token where it wants one; adding it here would put it in twice.
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text by itself. Known counts are kept under a digest: nobody's words stay in memory."""
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        count = self._counts.get(digest)
+        if count is None:
+            count = len(self._encode(self._clean(text)))
+            if len(self._counts) >= COUNTED_TEXTS:
+                self._counts.clear()
+            self._counts[digest] = count
+        return count
 
     def _clean(self, text: str) -> str:
         """Stripped, and with the model's own special tokens broken up: nobody ends a turn by writing so."""
@@ -288,9 +301,10 @@ class Renderer:
         messages = self._template.messages(["user", "assistant"], ["w1x", "w2x"])
         text = self._template.render(messages, add_generation_prompt=False)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        past = bisect_left([start for start, _ in encoding.offsets], text.rindex("w2x") + 3)
+        place = text.rfind("w2x")
+        past = bisect_left([start for start, _ in encoding.offsets], place + 3)
         end = self._end_of_turn(encoding.ids, past)
-        if end > past:
+        if place >= 0 and end > past:
             found.add(encoding.ids[end - 1])
         return tuple(sorted(token_id for token_id in found if token_id is not None))
 

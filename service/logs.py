@@ -8,13 +8,17 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 NAME_WIDTH, LEVEL_WIDTH = 8, 7
+# Below a warning these only repeat us.
 QUIET = (
+    "uvicorn",
     "uvicorn.access",
+    "uvicorn.error",
+    "saq",
     "httpx",
     "urllib3",
     "filelock",
     "huggingface_hub",
-)  # below a warning they only repeat us
+)
 
 
 def _line(_: WrappedLogger, __: str, event: EventDict) -> str:

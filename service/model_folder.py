@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-DEMO = Path(__file__).parent / "demo_model"
+from service import demo_model
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights as safetensors only: pickled weights are never even fetched.
 WANTED = (
@@ -29,7 +30,7 @@ class ModelNotFound(ValueError):
 def resolve_model(name: str) -> Path:
     """The folder that holds the model called `name`; fetches it when it is a hub id. Raises ModelNotFound."""
     if name == "demo":
-        folder = DEMO
+        folder = demo_model.path()
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser().absolute()
     elif HUB_ID.fullmatch(name):

@@ -7,8 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from hypothesis import settings
+
 from tests.redis_fixture import redis as redis
 from tests.redis_fixture import redis_server as redis_server
 from tests.redis_fixture import redis_url as redis_url
 from tests.redis_fixture import session_redis as session_redis
 from tests.redis_fixture import store as store
+
+# How long one example takes says more about the machine's other work than about the code.
+settings.register_profile("attune", deadline=None)
+settings.load_profile("attune")

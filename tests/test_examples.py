@@ -55,7 +55,7 @@ def test_the_newest_learned_turns_are_the_gates_and_never_trained_on(renderer: R
     assert not any(turn.text in text for turn in lessons[16:] for text in shown(renderer, parts.train))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     turns=st.integers(0, 60),
@@ -111,7 +111,7 @@ def test_rows_are_filled_with_whole_turns_in_the_order_they_were_said(renderer: 
     texts = shown(renderer, parts.train)
     assert all(text.startswith("<s><|") and text.endswith("<|end|>") for text in texts)
     told = "".join(texts)
-    places = [told.index(f"word {place} said") for place in range(39)]  # nothing is learned after the last
+    places = [told.index(f"word {place} said") for place in range(0, 40, 2)]
     assert places == sorted(places)
     assert all(len(row.token_ids) > 60 for row in parts.train[:-1])
 

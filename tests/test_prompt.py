@@ -13,18 +13,30 @@ from hypothesis import strategies as st
 from personalization.history import Turn
 from personalization.prompt import Example, Prompt, PromptTooLong, Renderer, StreamDecoder, TokenizerMissing
 from personalization.template import TemplateFailed
-from tests.tiny_tokenizers import TEMPLATES, byte_fallback_tokenizer, byte_level_tokenizer, write_tokenizer
+from tests.tiny_tokenizers import (
+    MODERN_WORDS,
+    TEMPLATES,
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    write_tokenizer,
+)
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
-INCREMENTAL = ("demo", "chatml", "alternating", "busy", "plain")
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A byte-level tokenizer with each template; "plain" has none."""
-    root, tokenizer = tmp_path_factory.mktemp("tokenizers"), byte_level_tokenizer()
+    root, old, modern = (
+        tmp_path_factory.mktemp("tokenizers"),
+        byte_level_tokenizer(),
+        byte_level_tokenizer(MODERN_WORDS),
+    )
     sources: dict[str, str | None] = {**TEMPLATES, "plain": None}
-    return {name: write_tokenizer(root / name, source, tokenizer) for name, source in sources.items()}
+    return {
+        name: write_tokenizer(root / name, source, modern if name == "rewriting" else old)
+        for name, source in sources.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -221,7 +233,7 @@ def test_a_corrected_turn_is_shown_and_learned_as_corrected(demo: Renderer) -> N
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "plain"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(turns=chats)
 def test_the_mask_of_a_turn_is_its_words_and_its_end_and_nothing_else(
     name: str, turns: list[Turn], renderers: dict[str, Renderer]
@@ -238,21 +250,16 @@ def test_the_mask_of_a_turn_is_its_words_and_its_end_and_nothing_else(
     assert whole.learn_mask == tuple(map(any, zip(*masks, strict=True)))
 
 
-@pytest.mark.parametrize("name", INCREMENTAL)
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("name", [*TEMPLATES, "plain"])
+@settings(max_examples=60)
 @given(turns=chats)
 def test_a_reply_is_trained_after_the_very_ids_it_is_served_after(
     name: str, turns: list[Turn], renderers: dict[str, Renderer]
 ) -> None:
     renderer = renderers[name]
-    example = renderer.example(
-        [*turns, said("reply", "assistant", "fine, thank you")], lambda t: t.id == "reply"
-    )
     asked = turns if turns[-1].role == "user" else turns[:-1]
-    if asked is not turns:  # two replies in a row share no prompt
-        example = renderer.example(
-            [*asked, said("reply", "assistant", "fine, thank you")], lambda t: t.id == "reply"
-        )
+    reply = said("reply", "assistant", "fine, thank you")
+    example = renderer.example([*asked, reply], lambda turn: turn is reply)
     prompt = renderer.prompt([], asked, max_new_tokens=16)
     before = example.learn_mask.index(True)
     assert prompt.token_ids == example.token_ids[:before]
@@ -298,7 +305,7 @@ def test_a_history_that_holds_the_current_turns_shows_them_once(demo: Renderer) 
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(turns=st.integers(1, 80), cut=st.integers(0, 79), room=st.integers(40, 400), words=st.integers(8, 40))
 def test_the_window_is_the_newest_whole_turns_and_leaves_room_for_the_reply(
     turns: int, cut: int, room: int, words: int, demo: Renderer, wide: Renderer
@@ -369,7 +376,7 @@ def test_each_prompt_begins_with_the_whole_one_before_it_until_the_window_jumps(
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "plain"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turns=chats)
 def test_a_turn_never_costs_more_than_was_counted(
     name: str, turns: list[Turn], renderers: dict[str, Renderer]
@@ -383,7 +390,7 @@ def test_a_turn_never_costs_more_than_was_counted(
 
 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=st.text(st.sampled_from("ab é☕🙂日👩‍🚀\n"), max_size=20), data=st.data())
 def test_a_stream_gives_whole_characters_and_in_all_the_whole_text(
     make: object, text: str, data: st.DataObject
@@ -401,7 +408,7 @@ def test_a_stream_gives_whole_characters_and_in_all_the_whole_text(
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(0, 599), max_size=40))
 def test_a_stream_of_any_ids_at_all_gives_what_decoding_them_at_once_gives(
     ids: list[int], demo: Renderer

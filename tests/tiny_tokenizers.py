@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -56,10 +57,21 @@ TEMPLATES = {
 }
 
 
-def byte_level_tokenizer() -> Tokenizer:
-    """Byte-level BPE, as Llama 3, Qwen and the demo model have."""
+# Where Llama 3 and Qwen split text into words: line ends stay together, whatever follows them.
+MODERN_WORDS = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+
+
+def byte_level_tokenizer(words: str | None = None) -> Tokenizer:
+    """Byte-level BPE as GPT-2 and the demo model have it, or with other words, as Llama 3 and Qwen do."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if words is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(words), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(

@@ -19,7 +19,7 @@ export interface ImportResult {
 }
 
 export class Api {
-  private token: string | null = null;
+  private token: Promise<string> | null = null;
 
   constructor(
     readonly user: string,
@@ -85,7 +85,8 @@ export class Api {
     try {
       return (await this.json<{ ticket: string }>("POST", "/attune/tickets")).ticket;
     } catch (error) {
-      if (error instanceof ApiError && (error.status === 401 || error.status === 403)) throw new Refused(error.message);
+      // 404: the service gives no one a token by name, so a person has to bring one.
+      if (error instanceof ApiError && [401, 403, 404].includes(error.status)) throw new Refused(error.message);
       throw error;
     }
   }
@@ -98,18 +99,29 @@ export class Api {
   }
 
   private async request(method: string, path: string, body?: BodyInit, type?: string): Promise<Response> {
-    this.token ??= await this.authenticate(this.user);
     let answer = await this.attempt(method, path, body, type);
     if (answer.status === 401) {
-      this.token = await this.authenticate(this.user);
+      this.token = null;
       answer = await this.attempt(method, path, body, type);
     }
     if (!answer.ok) throw await failure(answer);
     return answer;
   }
 
+  /** One token for all requests; one that could not be had is asked for again by the next. */
+  private credential(): Promise<string> {
+    if (!this.token) {
+      const asked = this.authenticate(this.user);
+      this.token = asked;
+      asked.catch(() => {
+        if (this.token === asked) this.token = null;
+      });
+    }
+    return this.token;
+  }
+
   private async attempt(method: string, path: string, body?: BodyInit, type?: string): Promise<Response> {
-    const headers: Record<string, string> = { Authorization: `Bearer ${this.token ?? ""}` };
+    const headers: Record<string, string> = { Authorization: `Bearer ${await this.credential()}` };
     if (type) headers["Content-Type"] = type;
     return reach(path, { method, headers, ...(body === undefined ? {} : { body }) });
   }

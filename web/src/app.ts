@@ -140,7 +140,8 @@ export class App {
       this.joinRefresh(me.refresh ?? null);
       this.signals.raise("me", "user");
     } catch (error) {
-      if (api === this.api && !(error instanceof ApiError && error.status === 0)) this.toast(messageOf(error), "bad");
+      // While there is no connection the top of the page says so already.
+      if (api === this.api && this.state.link === "live") this.toast(messageOf(error), "bad");
     }
   }
 
@@ -155,7 +156,7 @@ export class App {
       this.state.conversationsProblem = "";
     } catch (error) {
       if (api !== this.api) return;
-      this.state.conversationsProblem = messageOf(error);
+      this.state.conversationsProblem = this.state.link === "refused" ? "" : messageOf(error);
     }
     this.signals.raise("conversations");
   }
@@ -424,6 +425,11 @@ export class App {
   private linked(link: LinkState, detail: string): void {
     this.state.link = link;
     this.state.linkDetail = detail;
+    if (link === "refused") {
+      // Everything failed for this one reason, which is shown where it can be mended.
+      Object.assign(this.state, { conversationsProblem: "", panelProblem: "", toasts: [] });
+      this.signals.raise("conversations", "panel", "toasts");
+    }
     if (link === "resuming") for (const running of this.running.values()) this.touch(running.item);
     this.signals.raise("link");
   }
@@ -628,7 +634,7 @@ export class App {
     const [versions, learned] = await Promise.allSettled([api.versions(), api.learned()]);
     if (api !== this.api) return;
     const problem = [versions, learned].find((result) => result.status === "rejected");
-    this.state.panelProblem = problem ? messageOf(problem.reason) : "";
+    this.state.panelProblem = problem && this.state.link !== "refused" ? messageOf(problem.reason) : "";
     if (versions.status === "fulfilled") {
       this.state.versions = versions.value.sort((a, b) => b.version - a.version);
     }

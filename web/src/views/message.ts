@@ -132,6 +132,7 @@ export function replyView(app: App, item: ReplyItem): ItemView {
     prose.element.hidden = true;
     field.style.height = `${Math.min(320, field.scrollHeight + 4)}px`;
     field.focus();
+    editor.scrollIntoView({ block: "nearest" });
   }
 }
 

@@ -242,8 +242,8 @@ function versionRow(app: App, one: Version, serving: number): HTMLElement {
           : h("span", { class: "tag still", text: "not published" }),
     ),
     h("p", { text: facts.filter(Boolean).join(" · ") }),
-    // The sentence repeats the numbers; beside the picture its first words are enough.
-    one.reason ? h("p", { class: "reason", text: gain ? sentence(one.reason.split(":")[0] ?? "") : sentence(one.reason) }) : null,
+    // The sentence repeats the numbers: beside the picture its first words do, or none when it was published.
+    one.reason && !(gain && one.accepted) && h("p", { class: "reason", text: sentence(gain ? (one.reason.split(":")[0] ?? "") : one.reason) }),
     gain,
     numbers.length > 0 &&
       h(

@@ -48,9 +48,11 @@ export function topbar(app: App): HTMLElement {
 
   function showTitle(): void {
     const { thread, conversations } = app.state;
-    const known = conversations.find((one) => one.id === thread.id);
-    setText(title, thread.state === "new" ? "New conversation" : (known?.title ?? "Conversation"));
-    document.title = thread.state === "new" ? "Attune" : `${known?.title ?? "Conversation"} · Attune`;
+    const first = thread.items.find((item) => item.kind === "person");
+    const known = conversations.find((one) => one.id === thread.id)?.title;
+    const name = thread.state === "new" ? "New conversation" : (known ?? (first?.kind === "person" ? first.text : "Conversation"));
+    setText(title, name);
+    document.title = thread.state === "new" ? "Attune" : `${name} · Attune`;
   }
 
   function showLink(): void {

@@ -1,0 +1,204 @@
+"""Refresh everyone of a history file through the running service, and see what it was worth.
+
+Each person's turns are cut by time: the newest fifth is held out and never imported; of the rest the service
+keeps its own gate part. Then: import all, `refresh --all`, and the loss of the held-out turns behind the context
+that serving would give them, with the bare base and with the version that was published. Means are over people
+with a bootstrap 95 % interval. Beside it the same training one person at a time: same rows, steps and code.
+
+    python -m benchmarks.bench_people HISTORY.jsonl [--people 250] [--solo 24] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import report
+from engine.adapter_files import read_adapter, version_folder
+from engine.weights import LoadedModel, load_model
+from personalization.examples import split
+from personalization.history import Turn, dump, learned, parse
+from personalization.prompt import Example, Renderer
+from personalization.refresh import RefreshPolicy, choose
+from personalization.score import token_losses
+from personalization.store import Store, connect
+from personalization.train import Person, best_dtype, train
+from service import demo_model
+from service.settings import Settings
+from tests.running_service import ROOT, RunningService, running_service
+
+HELD_OUT = 0.2
+WINDOW_TOKENS, CONTEXT_TOKENS = 1024, 768
+
+
+@dataclass(frozen=True)
+class Held:
+    """One person: what is imported, and rows of the newest turns behind their context."""
+
+    user: str
+    history: list[Turn]
+    rows: list[Example]
+
+
+def cut(user: str, turns: list[Turn], renderer: Renderer) -> Held:
+    """The newest fifth of the learned turns, and what follows its first one, is held out."""
+    lessons = [place for place, turn in enumerate(turns) if learned(turn)]
+    first = lessons[len(lessons) - max(1, round(len(lessons) * HELD_OUT))]
+    parts = split(
+        turns,
+        renderer,
+        window_tokens=WINDOW_TOKENS,
+        gate_context_tokens=CONTEXT_TOKENS,
+        gate_fraction=(len(lessons) - lessons.index(first)) / len(lessons),
+    )
+    return Held(user, turns[:first], parts.gate)
+
+
+def mean_loss(model: LoadedModel, rows: list[Example], folder: Path | None) -> float | None:
+    """Nats per held-out token; None where nothing is left to measure."""
+    weights = None if folder is None else read_adapter(folder, model.config)
+    losses = torch.cat([torch.empty(0), *token_losses(model, rows, weights)])
+    return losses.mean().item() if len(losses) else None
+
+
+def interval(values: list[float], draws: int = 2000) -> list[float]:
+    """Bootstrap 95 % interval of the mean."""
+    chooser = random.Random(0)
+    means = sorted(statistics.fmean(chooser.choices(values, k=len(values))) for _ in range(draws))
+    return [round(means[int(draws * 0.025)], 4), round(means[int(draws * 0.975)], 4)]
+
+
+async def versions_of(settings: Settings, users: list[str]) -> dict[str, tuple[str, int]]:
+    """Adapter id and serving version of everyone."""
+    store = Store(connect(settings.redis_address), bytes.fromhex(settings.secret_path.read_text().strip()))
+    try:
+        return {user: (store.adapter_id(user), (await store.pointer(user)).version) for user in users}
+    finally:
+        await store.close()
+
+
+def refresh_all(service: RunningService, people: list[Held]) -> tuple[list[dict[str, Any]], float, float]:
+    """Import everyone, refresh everyone; the outcomes and the seconds of both."""
+    file = service.data / "history.jsonl"
+    lines = [line for person in people for line in dump(person.user, person.history)]
+    file.write_text("".join(line if line.endswith("\n") else line + "\n" for line in lines))
+    started = time.perf_counter()
+    imported = service.json("import", str(file))
+    import_s = time.perf_counter() - started
+    if imported["errors"] or imported["users"] != len(people):
+        raise SystemExit(f"the import went wrong: {imported}")
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", "refresh", "--all", "--wait", "--json", "--data", str(service.data)],
+        cwd=ROOT,
+        env=service.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    answer = json.loads(done.stdout)
+    outcomes = answer if isinstance(answer, list) else answer["refreshed"]
+    return outcomes, import_s, time.perf_counter() - started
+
+
+def stacked_against_solo(folder: Path, renderer: Renderer, people: list[Held], count: int) -> dict[str, Any]:
+    """Seconds to train `count` people (spread over the file) together and one after another."""
+    policy, dtype = RefreshPolicy(), best_dtype(torch.device("cpu"))
+    model = load_model(folder, dtype=dtype)
+    chosen = people[:: max(1, len(people) // count)][:count]
+    trainees = [
+        Person(choose(each.history, [], 0, renderer, policy).train, seed) for seed, each in enumerate(chosen)
+    ]
+    train(model, trainees[:2], policy.recipe)  # warm: kernels chosen, memory mapped
+    seconds: dict[str, list[float]] = {"stacked": [], "solo": []}
+    tokens = 0
+    for _ in range(2):
+        for name, at_once in (("stacked", len(trainees)), ("solo", 1)):
+            started = time.perf_counter()
+            trained = train(model, trainees, policy.recipe, people_at_once=at_once)
+            seconds[name].append(time.perf_counter() - started)
+            tokens = sum(each.tokens for each in trained)
+    together, alone = min(seconds["stacked"]), min(seconds["solo"])
+    return {
+        "people": len(trainees),
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "stacked_s": round(together, 1),
+        "solo_s": round(alone, 1),
+        "stacked_times_faster": round(alone / together, 2),
+        "stacked_tokens_per_s": round(tokens / together),
+        "solo_tokens_per_s": round(tokens / alone),
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("history", type=Path)
+    arguments.add_argument("--people", type=int, default=250)
+    arguments.add_argument("--solo", type=int, default=24, help="people trained one after another, for comparison")
+    arguments.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
+    options = arguments.parse_args()
+    folder = demo_model.path()
+    model = load_model(folder)
+    renderer = Renderer(folder, model.config.max_position_embeddings)
+    parsed = parse(options.history.read_bytes().splitlines())
+    people = [cut(user, turns, renderer) for user, turns in list(parsed.turns.items())[: options.people]]
+    print(f"{len(people)} people, {sum(len(p.history) for p in people)} turns imported", flush=True)
+    numbers: dict[str, Any] = {"people": len(people), "turns": sum(len(p.history) for p in people)}
+    if options.solo:
+        numbers["training"] = stacked_against_solo(folder, renderer, people, options.solo)
+        print(json.dumps(numbers["training"]), flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary) / "data"
+        with running_service(data, auto_refresh_after="0", nightly_hour="none", demo_users="off") as service:
+            outcomes, import_s, refresh_s = refresh_all(service, people)
+            settings = Settings(data=data)
+            serving = asyncio.run(versions_of(settings, [each.user for each in people]))
+        published = sum(bool(each["published"]) for each in outcomes)
+        numbers |= {
+            "import_s": round(import_s, 1),
+            "refresh_s": round(refresh_s, 1),
+            "people_per_minute": round(60 * len(people) / refresh_s, 1),
+            "published": published,
+            "failed": sum(each["state"] == "failed" for each in outcomes),
+            "kept_back": sum(each["state"] == "completed" and not each["published"] for each in outcomes),
+        }
+        print(json.dumps(numbers), flush=True)
+        changes, shares, unmeasured = [], [], 0
+        for each in people:
+            adapter, version = serving[each.user]
+            if not version:
+                continue
+            before = mean_loss(model, each.rows, None)
+            after = mean_loss(model, each.rows, version_folder(settings.adapter_root, adapter, version))
+            if before is None or after is None:
+                unmeasured += 1
+                continue
+            changes.append(before - after)
+            shares.append((before - after) / before)
+    numbers["held_out"] = {
+        "people": len(changes),
+        "nothing_held_out": unmeasured,
+        "mean_gain_nats_per_token": round(statistics.fmean(changes), 4),
+        "interval_95": interval(changes),
+        "mean_gain_share": round(statistics.fmean(shares), 4),
+        "made_worse": sum(change < 0 for change in changes),
+        "made_worse_by_0.01": sum(change < -0.01 for change in changes),
+    }
+    report("bench_people", numbers, keep=options.keep)
+
+
+if __name__ == "__main__":
+    main()

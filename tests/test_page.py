@@ -1,0 +1,386 @@
+"""The page in a real browser on the whole service: what a person sees, presses and types.
+
+One service and one browser for all; each test is a person of its own on a fresh profile. Every page is
+watched: a request to another host, a breach of its policy or an uncaught error fails the test that caused it.
+"""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+
+from tests.running_service import RunningService, running_service
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESK = {"width": 1280, "height": 800}
+PHONE = {"width": 390, "height": 844}
+REPLY_MS = 30_000
+REFRESH_MS = 90_000
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    folder = tmp_path_factory.mktemp("page") / "data"
+    with running_service(folder, auto_refresh_after="0", nightly_hour="none", demo_users="on") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_page(service: RunningService, browser: Browser) -> Iterator[Open]:
+    """`open_page("ann")` is ann's page, live; her problems are collected and must be none at the end."""
+    contexts, problems = [], []
+    home = urlsplit(service.address).netloc
+
+    def watch_request(request: Request) -> None:
+        address = urlsplit(request.url)
+        if address.scheme not in ("data", "blob") and address.netloc != home:
+            problems.append(f"asked {request.url}")
+
+    def watch_console(message: ConsoleMessage) -> None:
+        # A refused or missing answer is logged as an error too; what may never be is a breach of the policy.
+        if message.type == "error" and "Content Security Policy" in message.text:
+            problems.append(message.text)
+
+    def start(user: str, viewport: dict[str, int] = DESK, scheme: str = "light") -> Page:
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, locale="en-GB")
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", watch_request)
+        page.on("console", watch_console)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        known = json.dumps(json.dumps(user))
+        context.add_init_script(f"localStorage['attune.user'] = localStorage['attune.user'] || {known}")
+        page.goto(service.address)
+        expect(page.locator(".link")).to_have_attribute("data-state", "live")
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@contextmanager
+def engine_paused(service: RunningService) -> Iterator[None]:
+    """No token is made inside the block: what happens there happens in the middle of a reply."""
+    engine = service.pids()["engine"]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
+def say(page: Page, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def reply_ended(page: Page, count: int = 1) -> None:
+    """The `count`-th reply has its badge."""
+    expect(page.locator(".reply .badge")).to_have_count(count, timeout=REPLY_MS)
+    expect(page.locator(".reply .badge").nth(count - 1)).to_be_visible(timeout=REPLY_MS)
+
+
+def history(user: str, turns: int = 60) -> bytes:
+    """Someone who always talks the same way: easy to learn, so that the gate lets it pass."""
+    lines = []
+    for number in range(turns):
+        said = "Ahoy, captain! The harbour is quiet and the tea is hot, said the ahoy parrot."
+        for second, role in ((0, "user"), (30, "assistant")):
+            at = f"2025-03-{1 + number // 10:02}T10:{number % 10:02}:{second:02}Z"
+            turn = {"user": user, "conversation": f"old-{number // 10}", "at": at, "role": role}
+            lines.append(json.dumps(turn | {"text": said, "author": "person", "rating": None}))
+    return "\n".join(lines).encode()
+
+
+def bring_in(page: Page, content: bytes) -> None:
+    page.locator("summary", has_text="Your data").click()
+    file = {"name": "history.jsonl", "mimeType": "application/x-ndjson", "buffer": content}
+    page.get_by_label("History file").set_input_files([file])
+    expect(page.locator(".fold .outcome")).to_contain_text("brought in", timeout=REPLY_MS)
+
+
+def test_a_reply_streams_in_and_says_which_version_wrote_it(open_page: Open) -> None:
+    page = open_page("streamer")
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    say(page, "Hello! What do you like to do on a rainy Sunday?")
+    expect(page.locator(".bubble")).to_have_text("Hello! What do you like to do on a rainy Sunday?")
+    reply_ended(page)
+    expect(page.locator(".reply .prose")).not_to_be_empty()
+    expect(page.locator(".reply .badge")).to_have_text(re.compile(r"^base · \d+ history turns?"))
+    page.locator(".reply .badge").click()
+    expect(page.locator(".details")).to_contain_text("First word after")
+    expect(page.locator(".conversation[aria-current]")).to_contain_text("Hello! What do you like")
+    expect(page.locator("#announcements")).to_contain_text("Attune says:")
+
+
+def test_stopping_ends_the_reply_and_leaves_room_for_the_next(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("stopper")
+    with engine_paused(service):
+        say(page, "Tell me a long story.")
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        page.keyboard.press("Escape")
+    expect(page.locator(".reply .note")).to_have_text("Stopped.", timeout=REPLY_MS)
+    page.get_by_role("button", name="Another reply").click()
+    reply_ended(page)
+    expect(page.locator(".bubble")).to_have_count(1)
+
+
+def test_a_reload_in_the_middle_of_a_reply_takes_it_up_again(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("reloader")
+    with engine_paused(service):
+        say(page, "What did you read last?")
+        page.wait_for_function("Object.keys(sessionStorage).some(k => sessionStorage[k].includes('resp_'))")
+        page.get_by_label("Message", exact=True).fill("a draft that is kept")
+        page.reload()
+        expect(page.locator(".bubble")).to_have_text("What did you read last?")
+        expect(page.locator(".reply")).to_have_attribute("aria-busy", "true")
+    reply_ended(page)
+    expect(page.locator(".reply .prose")).not_to_be_empty()
+    expect(page.get_by_label("Message", exact=True)).to_have_value("a draft that is kept")
+    text = page.locator(".reply .prose").inner_text()
+    page.reload()
+    expect(page.locator(".reply .prose")).to_have_text(text, use_inner_text=True)
+
+
+def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service: RunningService) -> None:
+    page = open_page("survivor")
+    with engine_paused(service):
+        say(page, "Do you like dogs?")
+        page.wait_for_function("Object.keys(sessionStorage).some(k => sessionStorage[k].includes('resp_'))")
+        old = service.kill("gateway")
+        expect(page.locator(".link")).to_have_attribute("data-state", "resuming")
+        expect(page.locator(".reply .note")).to_contain_text("goes on when it is back")
+        service.wait_restarted("gateway", old)
+    expect(page.locator(".link")).to_have_attribute("data-state", "live", timeout=REPLY_MS)
+    reply_ended(page)
+    expect(page.locator(".reply .problem")).to_be_hidden()
+    expect(page.locator(".bubble")).to_have_count(1)
+
+
+def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_taken_back(
+    open_page: Open,
+) -> None:
+    page = open_page("learner")
+    bring_in(page, history("learner") + b"\nnot a turn")
+    expect(page.locator(".fold .outcome")).to_contain_text("120 turns brought in")
+    expect(page.locator(".fold .outcome")).to_contain_text("Line 121")
+    page.get_by_role("button", name="Refresh from my history").click()
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    expect(page.locator(".refresh-box .outcome")).to_contain_text("v1 answers", timeout=REFRESH_MS)
+    expect(page.locator(".refresh-box .gain")).to_contain_text(re.compile(r"−\d+\.\d % loss on \d+ unseen"))
+    expect(page.locator("#adapter-chip")).to_have_text("v1")
+    say(page, "Hello there")
+    reply_ended(page)
+    expect(page.locator(".reply .badge")).to_have_text(re.compile("^v1 · "))
+    page.get_by_role("button", name="Go back to this").click()
+    expect(page.locator("#adapter-chip")).to_have_text("base")
+    page.get_by_role("button", name="Use this").click()
+    expect(page.locator("#adapter-chip")).to_have_text("v1")
+
+
+def test_base_and_mine_answer_side_by_side_and_nothing_of_it_is_kept(open_page: Open) -> None:
+    page = open_page("comparer")
+    page.get_by_role("button", name="Side by side").click()
+    page.get_by_text("Hide which is which").click()
+    say(page, "What music do you like?")
+    cards = page.locator(".compare .card")
+    expect(cards).to_have_count(2)
+    expect(page.get_by_role("button", name="Better")).to_have_count(2, timeout=REPLY_MS)
+    expect(cards.locator("h3")).to_have_text(["Reply A", "Reply B"])
+    # Without an adapter both are the same model, so the same seed must give the same words.
+    first, second = cards.locator(".prose").all_inner_texts()
+    assert first.strip()
+    assert first == second
+    page.get_by_role("button", name="No difference").click()
+    expect(page.locator(".verdict")).to_contain_text("no difference 1")
+    assert sorted(cards.locator("h3").all_inner_texts()) == ["Base", "Yours"]
+    page.reload()
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    expect(page.locator(".conversation")).to_have_count(0)
+
+
+def test_markup_in_messages_and_replies_never_runs(open_page: Open) -> None:
+    evil = (
+        "<script>window.ran=1</script><img src=x onerror='window.ran=2'>"
+        "<svg onload='window.ran=3'></svg><iframe srcdoc='<script>parent.ran=4</script>'></iframe>"
+        "[press](javascript:window.ran=5) ![spy](http://example.invalid/p.png) "
+        "<style>body{display:none}</style>\n\n"
+        "**kept** and `code` and [a link](https://example.invalid/x)"
+    )
+    turns = [
+        {
+            "user": "target",
+            "conversation": "evil",
+            "at": f"2025-04-01T10:0{at}:00Z",
+            "role": role,
+            "text": evil,
+        }
+        for at, role in enumerate(("user", "assistant"))
+    ]
+    page = open_page("target")
+    bring_in(page, "\n".join(json.dumps(turn) for turn in turns).encode())
+    page.locator(".conversation").click()
+    reply = page.locator(".reply .prose")
+    expect(reply.locator("strong")).to_have_text("kept")
+    expect(page.locator(".bubble")).to_have_text(evil, use_inner_text=True)
+    assert page.locator(".items").locator("script, img, svg:not(.icon), iframe, style").count() == 0
+    targets = reply.locator("a").evaluate_all("links => links.map(a => a.getAttribute('href'))")
+    assert all(target is None or target.startswith(("https://", "http://")) for target in targets)
+    assert reply.get_by_text("a link").get_attribute("rel") == "noopener noreferrer nofollow"
+    assert page.evaluate("window.ran") is None
+
+
+def test_switching_person_changes_history_and_colour_and_leaves_nothing_behind(open_page: Open) -> None:
+    page = open_page("first-person")
+    say(page, "A secret of the first person")
+    reply_ended(page)
+    hue = "getComputedStyle(document.documentElement).getPropertyValue('--hue')"
+    before = page.evaluate(hue)
+    page.get_by_role("button", name="Switch person").click()
+    expect(page.locator(".choice b")).to_have_text(["Bram", "Odile", "Wen"])
+    page.get_by_label("Be someone else: any name").fill("Wen")
+    page.keyboard.press("Enter")
+    expect(page.locator(".person-name")).to_have_text("Wen")
+    expect(page.locator(".person-note")).to_have_text("Sample: night-shift astronomer")
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    assert page.evaluate(hue) != before
+    expect(page.get_by_text("A secret of the first person")).to_have_count(0)
+
+
+def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
+    page = open_page("typist")
+    field = page.get_by_label("Message", exact=True)
+    expect(field).to_be_focused()
+    page.keyboard.type("one line")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("and another")
+    expect(field).to_have_value("one line\nand another")
+    page.keyboard.press("Enter")
+    expect(field).to_have_value("")
+    reply_ended(page)
+    page.keyboard.press("Control+k")
+    search = page.get_by_label("Search conversations")
+    expect(search).to_be_focused()
+    page.keyboard.type("no such thing")
+    expect(page.locator(".conversations .nothing")).to_be_visible()
+    search.fill("one line")
+    expect(page.locator(".conversation")).to_have_count(1)
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+Shift+O")
+    expect(page.locator(".title")).to_have_text("New conversation")
+    page.keyboard.press("Tab")
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none"
+
+
+def test_rating_and_correcting_a_reply_teach_it(open_page: Open) -> None:
+    page = open_page("teacher")
+    say(page, "How are you?")
+    reply_ended(page)
+    page.get_by_role("button", name="Good reply: learn from it").click()
+    expect(page.locator(".count")).to_have_text("2")
+    page.get_by_role("button", name="Correct this reply").click()
+    page.get_by_label("What it should have said").fill("Grand, and you?")
+    page.get_by_role("button", name="Save correction").click()
+    expect(page.locator(".reply .prose")).to_have_text("Grand, and you?")
+    expect(page.locator(".reply .badge")).to_have_text("your words")
+    page.locator("summary", has_text="What it learns from").click()
+    expect(page.locator(".learned li").filter(has_text="Grand, and you?")).to_have_count(1)
+    page.locator(".learned li").filter(has_text="How are you?").get_by_role("button").click()
+    expect(page.locator(".learned li")).to_have_count(1)
+    page.reload()
+    expect(page.locator(".reply .prose")).to_have_text("Grand, and you?")
+    expect(page.locator(".count")).to_have_text("1")
+
+
+def test_forgetting_asks_for_the_name_and_then_leaves_nothing(open_page: Open) -> None:
+    page = open_page("leaver")
+    say(page, "Remember me?")
+    reply_ended(page)
+    page.locator("summary", has_text="Your data").click()
+    page.get_by_role("button", name="Forget me").click()
+    forget = page.get_by_role("button", name="Forget everything")
+    expect(forget).to_be_disabled()
+    page.get_by_label("Your name").fill("leaver")
+    forget.click()
+    expect(page.locator(".conversation")).to_have_count(0)
+    expect(page.locator(".bubble")).to_have_count(0)
+    page.reload()
+    expect(page.locator(".conversations .nothing")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open, scheme: str) -> None:
+    name = f"phone-{scheme}"
+    wide = "```\n" + "a long line of code " * 20 + "\n```\n\n| " + "column | " * 14 + "\n|" + "---|" * 14
+    turns = [
+        {"user": name, "conversation": "wide", "at": f"2025-04-01T10:0{at}:00Z", "role": role, "text": text}
+        for at, (role, text) in enumerate((("user", "w" * 300), ("assistant", wide)))
+    ]
+    page = open_page(name, PHONE, scheme)
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(overflow) == 0
+    page.locator("#adapter-chip").click()
+    expect(page.locator("#panel")).to_be_visible()
+    bring_in(page, "\n".join(json.dumps(turn) for turn in turns).encode())
+    page.keyboard.press("Escape")
+    expect(page.locator("#panel")).to_be_hidden()
+    page.get_by_role("button", name="Show the history").click()
+    page.locator(".conversation").click()
+    expect(page.locator(".code")).to_be_visible()
+    expect(page.locator("#sidebar")).to_be_hidden()
+    assert page.evaluate(overflow) == 0
+    assert page.locator(".scroller").evaluate("e => e.scrollWidth - e.clientWidth") == 0
+
+
+def test_a_chosen_theme_stays_after_a_reload(open_page: Open) -> None:
+    page = open_page("painter", scheme="light")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    page.get_by_role("button", name="Light or dark").click()
+    dark = page.evaluate(paper)
+    assert dark != light
+    page.reload()
+    assert page.evaluate(paper) == dark
+
+
+def test_the_page_is_small_and_holds_nothing_inline(service: RunningService) -> None:
+    folder = Path(__file__).parent.parent / "web" / "dist"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 400_000
+    markup = (folder / "index.html").read_text()
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", markup)
