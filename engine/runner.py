@@ -78,7 +78,7 @@ class Runner:
         plan = _Plan(batch, in_lanes)
         attend = _Attend(self._config, self._slabs, self._kv, plan)
         lora = self._lora_of(plan) if batch.adapters else None
-        hidden = self._decoder(plan.token_ids, plan.positions, attend, lora)
+        hidden: Tensor = self._decoder(plan.token_ids, plan.positions, attend, lora)
         attend.finish()
         self._written(attend.written)
         if not plan.logits_rows:

@@ -176,12 +176,13 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if self._half is None:
-            y: Tensor = torch.ops.mkl._mkl_linear(x, self._full, self._weight, self._bias, rows)
-            return y
-        if rows <= self._MOST_HALF_ROWS:
+            y = torch.ops.mkl._mkl_linear(x, self._full, self._weight, self._bias, rows)
+        elif rows <= self._MOST_HALF_ROWS:
             y = torch.ops.quantized.linear_dynamic_fp16(x, self._half)
-            return y
-        return torch.nn.functional.linear(x, self._weight, self._bias)
+        else:
+            y = torch.nn.functional.linear(x, self._weight, self._bias)
+        assert isinstance(y, Tensor)
+        return y
 
     @staticmethod
     def supports(weight: Tensor) -> bool:
