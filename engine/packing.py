@@ -158,7 +158,7 @@ Shape = tuple[tuple[int, str, int, float], ...]  # layer, module, rank, scale
 
 @lru_cache(maxsize=64)  # nearly all adapters of a service have one of a few shapes
 def lay_out(shape: Shape, config: ModelConfig, slab_elems: int) -> AdapterLayout:
-    """Places for all tiles, first-fit decreasing. Tiles have few distinct sizes, so each size walks the slabs once."""
+    """Places for all tiles, first-fit decreasing; of few sizes, so that each walks the slabs once."""
     sizes = {module: module_shape(config, module) for module in MODULES}  # (out, in)
     if (least := min_slab_elems(config)) > slab_elems:
         raise SlabTooSmall(least, slab_elems)

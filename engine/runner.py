@@ -13,7 +13,8 @@ from torch import Tensor
 
 import kernels
 from engine.batch import Batch
-from engine.lanes import KvLanes, LoraLanes
+from engine.lanes import KvLanes
+from engine.lora_lanes import LoraLanes
 from engine.model import GROUP_MODULES, GROUPS, MODULES, ModelConfig, module_shape
 from engine.packing import AdapterLayout
 from engine.sampler import sample

@@ -10,7 +10,11 @@ RANK_TILE = 8  # rank rows of one adapter tile
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) * weight over the last side. x [.., H], weight [H] -> [.., H]."""
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype != torch.float32 or torch.is_grad_enabled():
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = norm.square_().mul_(1 / x.shape[-1]).add_(eps)
+    return (x * mean_square.rsqrt_()).mul_(weight)
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
