@@ -39,7 +39,7 @@ MESSAGE_TOKENS = 24
 
 
 def random_adapter(config: ModelConfig, seed: int) -> LoraWeights:
-    """Rank-8 on every linear module, small enough that text stays text and large enough to change it."""
+    """Rank 8 on every linear module: small enough that text stays text, large enough to change it."""
     generator = torch.Generator().manual_seed(seed)
     modules = []
     for layer in range(config.num_layers):
@@ -68,7 +68,7 @@ def engine_on(root: Path, folder: Path, *, prefix_cache: bool) -> Engine:
 
 
 def finish(engine: Engine, requests: list[Request]) -> tuple[list[list[int]], float]:
-    """Run `requests` to their ends; their token ids, and the seconds until the first token of the first one."""
+    """Run `requests` to their ends; their token ids, and the seconds until the first token of them all."""
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
     started = time.perf_counter()
     first = 0.0
@@ -86,7 +86,13 @@ def finish(engine: Engine, requests: list[Request]) -> tuple[list[list[int]], fl
 def mixed_requests(all_prompts: list[list[int]], label: str) -> list[Request]:
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     return [
-        Request(id=f"{label}-{i}", prompt=tuple(p), sampling=sampling, adapter=AdapterRef(adapter_name(i), 1), user_key=str(i))
+        Request(
+            id=f"{label}-{i}",
+            prompt=tuple(p),
+            sampling=sampling,
+            adapter=AdapterRef(adapter_name(i), 1),
+            user_key=str(i),
+        )
         for i, p in enumerate(all_prompts)
     ]
 
@@ -166,9 +172,17 @@ def first_token(root: Path, folder: Path, rounds: int) -> dict[str, Any]:
         message = prompts(vocab, MESSAGE_TOKENS, 1, seed=200 + turn)[0]
         ref = AdapterRef(adapter_name(turn % PEOPLE), 1)
         for cached, engine in engines.items():
-            before = Request(id=f"before-{turn}", prompt=tuple(history), sampling=sampling, adapter=ref, user_key="p")
+            before = Request(
+                id=f"before-{turn}", prompt=tuple(history), sampling=sampling, adapter=ref, user_key="p"
+            )
             finish(engine, [before])
-            again = Request(id=f"again-{turn}", prompt=tuple(history + message), sampling=sampling, adapter=ref, user_key="p")
+            again = Request(
+                id=f"again-{turn}",
+                prompt=tuple(history + message),
+                sampling=sampling,
+                adapter=ref,
+                user_key="p",
+            )
             reply, first = finish(engine, [again])
             if turn:
                 seconds[cached].append(first)
@@ -176,7 +190,11 @@ def first_token(root: Path, folder: Path, rounds: int) -> dict[str, Any]:
     if replies[True] != replies[False]:
         raise SystemExit("the prefix cache changed a reply; no speed is reported")
     hit, miss = statistics.median(seconds[True]), statistics.median(seconds[False])
-    return {"cached_ms": round(1e3 * hit, 1), "uncached_ms": round(1e3 * miss, 1), "times_sooner": round(miss / hit, 1)}
+    return {
+        "cached_ms": round(1e3 * hit, 1),
+        "uncached_ms": round(1e3 * miss, 1),
+        "times_sooner": round(miss / hit, 1),
+    }
 
 
 def main() -> None:
@@ -186,7 +204,12 @@ def main() -> None:
     arguments.add_argument("--model", type=Path, default=demo_model.path())
     arguments.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
     options = arguments.parse_args()
-    numbers: dict[str, Any] = {"people": PEOPLE, "rank": RANK, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+    numbers: dict[str, Any] = {
+        "people": PEOPLE,
+        "rank": RANK,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+    }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         config = load_model(options.model).config
@@ -197,12 +220,18 @@ def main() -> None:
         for threads in options.threads:
             torch.set_num_threads(threads)
             row = mixed_batch(root, options.model, options.rounds)
-            print(f"{threads} thread(s): ours {row['ours_tokens_per_s']} tok/s, PEFT {row['peft_tokens_per_s']} tok/s,"
-                  f" {row['times_peft']} times, equal {row['replies_equal']}", flush=True)
+            print(
+                f"{threads} threads: ours {row['ours_tokens_per_s']} tok/s, PEFT {row['peft_tokens_per_s']},"
+                f" {row['times_peft']} times; equal replies: {row['replies_equal']}",
+                flush=True,
+            )
             numbers[f"mixed_batch_{threads}_threads"] = row
         row = first_token(root, options.model, options.rounds)
-        print(f"first token with {HISTORY_TOKENS} tokens of history: {row['cached_ms']} ms cached, "
-              f"{row['uncached_ms']} ms not, {row['times_sooner']} times sooner", flush=True)
+        print(
+            f"first token with {HISTORY_TOKENS} tokens of history: {row['cached_ms']} ms cached, "
+            f"{row['uncached_ms']} ms not, {row['times_sooner']} times sooner",
+            flush=True,
+        )
         numbers["first_token"] = row
     report("bench_cpu", numbers, keep=options.keep)
 

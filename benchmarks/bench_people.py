@@ -1,9 +1,10 @@
 """Refresh everyone of a history file through the running service, and see what it was worth.
 
-Each person's turns are cut by time: the newest fifth is held out and never imported; of the rest the service
-keeps its own gate part. Then: import all, `refresh --all`, and the loss of the held-out turns behind the context
-that serving would give them, with the bare base and with the version that was published. Means are over people
-with a bootstrap 95 % interval. Beside it the same training one person at a time: same rows, steps and code.
+Each person's turns are cut by time: the newest fifth is held out and never imported; of the rest the
+service keeps its own gate part. Then: import all, `refresh --all`, and the loss of the held-out turns behind
+the context that serving would give them, with the bare base and with the version that was published. Means
+are over people with a bootstrap 95 % interval. Beside it the same training one person at a time: same rows,
+steps and code.
 
     python -m benchmarks.bench_people HISTORY.jsonl [--people 250] [--solo 24] [--keep]
 """
@@ -101,7 +102,17 @@ def refresh_all(service: RunningService, people: list[Held]) -> tuple[list[dict[
         raise SystemExit(f"the import went wrong: {imported}")
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "service.cli", "refresh", "--all", "--wait", "--json", "--data", str(service.data)],
+        [
+            sys.executable,
+            "-m",
+            "service.cli",
+            "refresh",
+            "--all",
+            "--wait",
+            "--json",
+            "--data",
+            str(service.data),
+        ],
         cwd=ROOT,
         env=service.environment,
         stdout=subprocess.PIPE,
@@ -146,7 +157,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("history", type=Path)
     arguments.add_argument("--people", type=int, default=250)
-    arguments.add_argument("--solo", type=int, default=24, help="people trained one after another, for comparison")
+    arguments.add_argument(
+        "--solo", type=int, default=24, help="people trained one after another, for comparison"
+    )
     arguments.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
     options = arguments.parse_args()
     folder = demo_model.path()

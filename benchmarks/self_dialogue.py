@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def read_rows(corpus: Path) -> Iterator[dict[str, Any]]:
 def history_lines(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Interchange lines of every dialogue; turns of one dialogue follow each other by ten seconds."""
     for number, row in enumerate(rows):
-        start = datetime.fromisoformat(row["ts"]).replace(tzinfo=timezone.utc)
+        start = datetime.fromisoformat(row["ts"]).replace(tzinfo=UTC)
         for place, text in enumerate(row["turns"]):
             yield {
                 "user": row["user"],

@@ -338,10 +338,10 @@ class AdapterCache:
         self.host_bytes += packed.image.nbytes
         self._largest_image = max(self._largest_image, packed.image.nbytes)
         if ref not in self._needed and self._pool.free_slabs >= packed.layout.slabs_needed:
-            with suppress(
-                AdapterUnavailable
-            ):  # kept in _failed, where the request that wants it will find it
-                entry = self._place_on_device(ref)  # prefetched, and room is free: nothing to wait for later
+            # Prefetched, and room is free: nothing to wait for later. An error is kept in _failed, where the
+            # request that wants the adapter will find it.
+            with suppress(AdapterUnavailable):
+                entry = self._place_on_device(ref)
                 if entry is not None:
                     self._pool.rest(ref, entry.resident.slabs, "adapter")
         self._trim_host()

@@ -1,4 +1,4 @@
-"""Copies for the CPU's decode step, in the order in which a step reads them. The pages stay the truth.
+"""Copies of K/V for the CPU's decode step, in the order in which a step reads them. The pages stay the truth.
 
 On a CPU a step of a few rows is spent on many small products. Reading pages costs one product per sequence
 and per adapter; reading lanes, in which all decoding rows lie side by side, costs one for all. A lane is
@@ -10,14 +10,11 @@ import math
 from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from operator import is_
 
 import torch
 from torch import Tensor
 
-from engine.model import GROUP_MODULES, GROUPS, ModelConfig, module_shape
-from engine.packing import AdapterLayout, ModuleTiles, ResidentAdapter
-from kernels import RANK_TILE
+from engine.model import ModelConfig
 
 _COLUMN_STEP = 64  # positions a K/V lane grows by, at least
 _PADDING_LIMIT = 4  # columns of all lanes may be this many times the positions they hold …
@@ -46,6 +43,10 @@ def rearrange(lanes: list[Hashable], wanted: Many[Hashable]) -> tuple[list[tuple
     joined = list(range(len(lanes), len(lanes) + len(joining)))
     lanes += joining
     return moves, joined
+
+
+class Gone:
+    """The key of a lane whose owner is no longer wanted: equal to nothing but itself."""
 
 
 @dataclass(slots=True)
@@ -190,7 +191,7 @@ class KvLanes:
     def _drop_all_but(self, valid: set[Hashable], wanted: list[Hashable]) -> None:
         """Keep the valid lanes, in place as far as possible; lanes of all wanted, the others zeroed."""
         before = len(self._ids)
-        self._ids = [key if key in valid else _Gone() for key in self._ids]
+        self._ids = [key if key in valid else Gone() for key in self._ids]
         moves, _ = rearrange(self._ids, wanted)
         self._held = {key: held for key, held in self._held.items() if key in valid}
         for source, target in moves:
@@ -241,163 +242,3 @@ class KvLanes:
             zeros(layers, lanes, heads, columns, dim),
             zeros(lanes, heads, 1, columns),
         )
-
-
-class _Gone:
-    """The key of a lane whose owner is no longer wanted: equal to nothing but itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """One module's second product: y[:, out] += u[:, ranks] @ b."""
-
-    ranks: slice
-    out: slice
-    b: Tensor  # [lanes, rank, out]
-
-
-class LoraLanes:
-    """A and B of the adapters of all decoding rows, side by side, for adapters of one layout.
-
-    A lane is one flat copy of an adapter: for each layer and group A of its modules one below the other,
-    [sum of ranks, in], then B of each, [rank, out], with the scale in it; ranks padded to tiles.
-    """
-
-    def __init__(self, config: ModelConfig, layout: AdapterLayout, arena: Tensor) -> None:
-        self.layout = layout
-        self._config = config
-        self._unit, self._units, self._scales = _units(config, layout)
-        self._arena = arena.view(-1, self._unit)
-        self._adapters: list[Hashable] = []
-        self._asked: list[ResidentAdapter] = []  # rows of the last call, and the answer
-        self._rows: list[int] = []
-        self._buffer = arena.new_zeros(0, self.lane_elems)
-        self._products: dict[tuple[int, str], tuple[Tensor, list[_Product]]] = {}
-
-    @property
-    def lane_elems(self) -> int:
-        return self._units.numel() * self._unit
-
-    def hold(self, residents: Many[ResidentAdapter]) -> list[int]:
-        """Make the lanes hold these adapters, one lane for each row, and return the row of each lane."""
-        if len(residents) == len(self._asked) and all(map(is_, residents, self._asked)):
-            return self._rows
-        counts: dict[Hashable, int] = {}
-        keys: list[Hashable] = []
-        for resident in residents:  # rows that share an adapter each have a lane of it
-            key = (resident.ref, resident.slabs)
-            counts[key] = counts.get(key, 0) + 1
-            keys.append((key, counts[key]))
-        self._rearrange(keys, residents)
-        row_of = {key: row for row, key in enumerate(keys)}
-        self._asked, self._rows = list(residents), [row_of[key] for key in self._adapters]
-        return self._rows
-
-    def written(self, slabs: set[int]) -> None:
-        """Someone has written to these slabs: lanes that copy one of them are stale."""
-        for lane, key in enumerate(self._adapters):
-            if isinstance(key, tuple) and not slabs.isdisjoint(key[0][1]):
-                self._adapters[lane] = _Gone()
-                self._asked = []
-
-    def apply(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
-        """y[i] += delta of lane i for x[i], in place. x [lanes, in], y [lanes, sum of out]."""
-        found = self._products.get((layer, group))
-        if found is None:
-            return
-        a, products = found
-        u = torch.bmm(x.unsqueeze(1), a)  # [lanes, 1, sum of ranks]
-        y = y.unsqueeze(1)
-        if len(products) == 1 and products[0].b.shape[2] == y.shape[2]:
-            y.baddbmm_(u, products[0].b)
-            return
-        for product in products:  # baddbmm_ into columns of y would go row by row
-            y[:, :, product.out].add_(torch.bmm(u[:, :, product.ranks], product.b))
-
-    def _rearrange(self, keys: list[Hashable], residents: Many[ResidentAdapter]) -> None:
-        before = len(self._adapters)
-        moves, joined = rearrange(self._adapters, keys)
-        if len(keys) > self._buffer.shape[0]:
-            grown = self._buffer.new_zeros(max(len(keys), 2 * self._buffer.shape[0]), self.lane_elems)
-            grown[:before] = self._buffer[:before]
-            self._buffer = grown
-        for source, target in moves:
-            self._buffer[target].copy_(self._buffer[source])
-        self._buffer[len(keys) - len(joined) : before].zero_()
-        resident_of = dict(zip(keys, residents, strict=True))
-        for lane in joined:
-            self._fill(lane, resident_of[self._adapters[lane]])
-        self._products = self._views(len(keys))
-
-    def _fill(self, lane: int, resident: ResidentAdapter) -> None:
-        per_slab = self.layout.slab_elems // self._unit
-        slabs = torch.tensor(resident.slabs)[self._units // per_slab]
-        lane_units = self._buffer[lane].view(-1, self._unit)
-        torch.index_select(self._arena, 0, slabs * per_slab + self._units % per_slab, out=lane_units)
-        lane_units.mul_(self._scales)
-
-    def _views(self, lanes: int) -> dict[tuple[int, str], tuple[Tensor, list[_Product]]]:
-        views: dict[tuple[int, str], tuple[Tensor, list[_Product]]] = {}
-        begin = 0
-
-        def take(rows: int, width: int) -> Tensor:
-            nonlocal begin
-            part = self._buffer[:lanes, begin : begin + rows * width].view(lanes, rows, width)
-            begin += rows * width
-            return part
-
-        for layer, group, modules in _by_group(self.layout):
-            a = take(sum(_padded(m) for m in modules), modules[0].in_features).transpose(1, 2)
-            products, first = [], 0
-            for m in modules:
-                ranks = slice(first, first + _padded(m))
-                products.append(
-                    _Product(ranks, _columns(self._config, group, m.module), take(_padded(m), m.out_features))
-                )
-                first = ranks.stop
-            views[layer, group] = (a, products)
-        return views
-
-
-def _by_group(layout: AdapterLayout) -> list[tuple[int, str, list[ModuleTiles]]]:
-    """The modules of a layout by layer and group, in the order in which lanes hold them."""
-    found: dict[tuple[int, str], list[ModuleTiles]] = {}
-    for m in layout.modules:
-        group = next(group for group in GROUPS if m.module in GROUP_MODULES[group])
-        found.setdefault((m.layer, group), []).append(m)
-    return [(layer, group, modules) for (layer, group), modules in found.items()]
-
-
-def _columns(config: ModelConfig, group: str, module: str) -> slice:
-    """Which columns of a group's output a module has."""
-    begin = 0
-    for other in GROUP_MODULES[group]:
-        width = module_shape(config, other)[0]
-        if other == module:
-            return slice(begin, begin + width)
-        begin += width
-    raise AssertionError(f"{module} is not in {group}")
-
-
-def _units(config: ModelConfig, layout: AdapterLayout) -> tuple[int, Tensor, Tensor]:
-    """A lane is a gather of units: (their size, which of the image [U], the factor of each [U, 1])."""
-    widths = [width for m in layout.modules for width in (m.in_features, m.out_features)]
-    unit = math.gcd(layout.slab_elems, *(RANK_TILE * width for width in widths))
-    units, factors = [], []
-
-    def take(offsets: tuple[int, ...], width: int, factor: float) -> None:
-        for offset in offsets:
-            count = RANK_TILE * width // unit
-            units.append(torch.arange(offset // unit, offset // unit + count))
-            factors.append(torch.full((count, 1), factor))
-
-    for _, _, modules in _by_group(layout):
-        for m in modules:
-            take(m.a_offsets, m.in_features, 1.0)
-        for m in modules:
-            take(m.b_offsets, m.out_features, m.scale)
-    return unit, torch.cat(units), torch.cat(factors)
-
-
-def _padded(tiles: ModuleTiles) -> int:
-    return RANK_TILE * len(tiles.a_offsets)

@@ -127,7 +127,7 @@ def pack_adapter(
 ) -> PackedAdapter:
     """The host form of an adapter. Raises SlabTooSmall when a tile of this model does not fit in a slab."""
     shape = tuple((m.layer, m.module, m.rank, m.scale) for m in weights.modules)
-    layout = _layout(shape, config, slab_elems)
+    layout = lay_out(shape, config, slab_elems)
     return PackedAdapter(layout, layout.pack(weights, dtype))
 
 
@@ -157,8 +157,8 @@ Shape = tuple[tuple[int, str, int, float], ...]  # layer, module, rank, scale
 
 
 @lru_cache(maxsize=64)  # nearly all adapters of a service have one of a few shapes
-def _layout(shape: Shape, config: ModelConfig, slab_elems: int) -> AdapterLayout:
-    """First-fit decreasing. Tiles have few distinct sizes, so each size walks the slabs once."""
+def lay_out(shape: Shape, config: ModelConfig, slab_elems: int) -> AdapterLayout:
+    """Places for all tiles, first-fit decreasing; of few sizes, so that each walks the slabs once."""
     sizes = {module: module_shape(config, module) for module in MODULES}  # (out, in)
     if (least := min_slab_elems(config)) > slab_elems:
         raise SlabTooSmall(least, slab_elems)

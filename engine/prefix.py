@@ -92,9 +92,8 @@ class PrefixCache:
 
     def release(self, slabs: Sequence[int]) -> None:
         """Give up one use of each block of one sequence, in the order of its positions."""
-        for slab in reversed(
-            slabs
-        ):  # a chain's end becomes the older, and is evicted before what it hangs on
+        # Backwards: a chain's end becomes the older, and is evicted before what it hangs on.
+        for slab in reversed(slabs):
             self._references[slab] -= 1
             if self._references[slab] < 0:
                 raise BrokenBooks(f"block {slab} was released more often than acquired")

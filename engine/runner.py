@@ -13,7 +13,8 @@ from torch import Tensor
 
 import kernels
 from engine.batch import Batch
-from engine.lanes import KvLanes, LoraLanes
+from engine.lanes import KvLanes
+from engine.lora_lanes import LoraLanes
 from engine.model import GROUP_MODULES, GROUPS, MODULES, ModelConfig, module_shape
 from engine.packing import AdapterLayout
 from engine.sampler import sample
@@ -78,7 +79,7 @@ class Runner:
         plan = _Plan(batch, in_lanes)
         attend = _Attend(self._config, self._slabs, self._kv, plan)
         lora = self._lora_of(plan) if batch.adapters else None
-        hidden = self._decoder(plan.token_ids, plan.positions, attend, lora)
+        hidden: Tensor = self._decoder(plan.token_ids, plan.positions, attend, lora)
         attend.finish()
         self._written(attend.written)
         if not plan.logits_rows:

@@ -25,7 +25,7 @@ from engine.request import AdapterRef, Chunk, Sequence
 
 OUTPUT_TOKEN_COST = 2  # an input token costs 1; a decode step moves all weights for one token
 MOST_ABSENT = 1024  # counters of absent users kept before those without debt are dropped
-LOOKAHEAD = 256  # waiting adapters considered for loading at a time
+LOOKAHEAD = 256  # requests looked at, for their adapters, behind those admitted
 
 
 class ArenaExceeded(ValueError):
@@ -142,7 +142,6 @@ class Scheduler:
         chunks: list[Chunk] = []
         decoding = sum(sequence.num_pending == 1 for sequence in self.running)
         budget = self._config.max_tokens_per_step - decoding
-        preempted = False
         for sequence in list(self.running):
             if not sequence.blocks:
                 continue  # gave way to an older one in this loop
@@ -150,13 +149,12 @@ class Scheduler:
             if length == 0:
                 continue
             while not self._has_block_for(sequence, length):
-                preempted = True
                 if self._preempt_newest() is sequence:
                     break
             else:
                 budget -= length if sequence.num_pending > 1 else 0
                 chunks.append(self._chunk(sequence, length))
-        refused = self._admit(chunks, 0 if preempted else budget)
+        refused = self._admit(chunks, budget)
         return Plan(tuple(chunks), tuple(refused))
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
@@ -167,11 +165,13 @@ class Scheduler:
         """
         refused: list[tuple[Sequence, Refusal]] = []
         required: dict[AdapterRef, None] = {}
-        is_open = True
+        is_open, looked_ahead = True, 0
         for sequence in self._fair_order():
             is_open = is_open and budget > 0 and len(self.running) < self._max_running
-            if not is_open and len(required) >= LOOKAHEAD:
-                break
+            if not is_open:  # only to have the adapters of the next ones read
+                looked_ahead += 1
+                if looked_ahead > LOOKAHEAD:
+                    break
             adapter = sequence.request.adapter
             if adapter is not None and not self._adapters.ready(adapter):
                 failure = self._adapters.failure(adapter, sequence.arrived_at)

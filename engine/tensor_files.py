@@ -115,8 +115,9 @@ def read_header(
             raise TooLarge(f"header of {path.name}", max_header_bytes, length)
         raw = file.read(length)
     pairs = _top_level_pairs(path, raw)
-    if len(pairs) > max_tensors + 1:  # one may be __metadata__
-        raise TooManyTensors(path.name, max_tensors, len(pairs))
+    count = sum(name != "__metadata__" for name, _ in pairs)
+    if count > max_tensors:
+        raise TooManyTensors(path.name, max_tensors, count)
     return _check_specs(path, pairs, size - 8 - length)
 
 

@@ -10,7 +10,11 @@ RANK_TILE = 8  # rank rows of one adapter tile
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) * weight over the last side. x [.., H], weight [H] -> [.., H]."""
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype != torch.float32 or torch.is_grad_enabled():
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = norm.square_().mul_(1 / x.shape[-1]).add_(eps)
+    return (x * mean_square.rsqrt_()).mul_(weight)
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -176,12 +180,13 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if self._half is None:
-            y: Tensor = torch.ops.mkl._mkl_linear(x, self._full, self._weight, self._bias, rows)
-            return y
-        if rows <= self._MOST_HALF_ROWS:
+            y = torch.ops.mkl._mkl_linear(x, self._full, self._weight, self._bias, rows)
+        elif rows <= self._MOST_HALF_ROWS:
             y = torch.ops.quantized.linear_dynamic_fp16(x, self._half)
-            return y
-        return torch.nn.functional.linear(x, self._weight, self._bias)
+        else:
+            y = torch.nn.functional.linear(x, self._weight, self._bias)
+        assert isinstance(y, Tensor)
+        return y
 
     @staticmethod
     def supports(weight: Tensor) -> bool:

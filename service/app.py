@@ -65,6 +65,7 @@ class GatewayOptions:
     session: SessionOptions = field(default_factory=SessionOptions)
     sockets: SocketOptions = field(default_factory=SocketOptions)
     patience: Patience = field(default_factory=Patience)
+    store_patience_s: float = 3.0  # how long of an absence of the store is waited out
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Gateway:
         self.deps = deps
         options = deps.options
         self.metrics = Metrics()
-        self.health = StoreHealth(deps.store, self.metrics)
+        self.health = StoreHealth(deps.store, self.metrics, patience_s=options.store_patience_s)
         self.limits = RateLimits(options.limits)
         self.auth = Authenticator(options.token_key, deps.store, origins=options.origins, clock=deps.clock)
         self.sockets = Sockets()

@@ -26,6 +26,7 @@ from service.uvicorn_protocol import AbortingWebSocketProtocol
 log = structlog.get_logger(__name__)
 
 ENGINE_PATIENCE_S = 3600.0  # a large model takes its time to load
+REDIS_CONNECTIONS = 128  # opened as needed; more than are ever waited for at once
 
 
 class Server(uvicorn.Server):
@@ -85,7 +86,7 @@ def _number(value: object, otherwise: float) -> float:
 async def run_gateway(settings: Settings) -> None:
     """Serve until cancelled."""
     secret = read_or_create_secret(settings.secret_path)
-    redis = connect(settings.redis_address)
+    redis = connect(settings.redis_address, max_connections=REDIS_CONNECTIONS)
     store = Store(redis, secret)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)

@@ -224,20 +224,19 @@ class Replies:
 
         While the store is away it goes on without a net: what this process remembers is all there is.
         """
-        if self.health.away:
-            return self._own(Reply(plan, stored=None))
         try:
-            created = await self.store.create_response(
-                plan.user,
-                plan.id,
-                msgspec.msgpack.encode(plan),
-                holder=self.holder,
-                lease_s=self.patience.lease,
-                ttl_s=self.patience.ttl,
-                epoch=plan.epoch,
+            created = await self.health.ask(
+                lambda: self.store.create_response(
+                    plan.user,
+                    plan.id,
+                    msgspec.msgpack.encode(plan),
+                    holder=self.holder,
+                    lease_s=self.patience.lease,
+                    ttl_s=self.patience.ttl,
+                    epoch=plan.epoch,
+                )
             )
         except StoreUnavailable:
-            self.health.failed()
             return self._own(Reply(plan, stored=None))
         if not created:
             return await self.find(plan.user, plan.id, plan.fingerprint)
@@ -305,19 +304,16 @@ class Replies:
         While the store is away they are shown all the same, and stored with the next ones that can be.
         """
         entries = reply.number(events, tokens)
-        if reply.stored is not None and not self.health.away:
-            unstored = [*reply.entries[reply.stored :], *entries]
-            try:
-                await self.store.append_response_events(
-                    reply.id,
-                    reply.stored,
-                    [entry.stored() for entry in unstored],
-                    holder=self.holder,
-                    ttl_s=self.patience.ttl,
+        if reply.stored is not None:
+            first = reply.stored
+            unstored = [entry.stored() for entry in (*reply.entries[first:], *entries)]
+            with contextlib.suppress(StoreUnavailable):
+                await self.health.ask(
+                    lambda: self.store.append_response_events(
+                        reply.id, first, unstored, holder=self.holder, ttl_s=self.patience.ttl
+                    )
                 )
-                reply.stored += len(unstored)
-            except StoreUnavailable:
-                self.health.failed()
+                reply.stored = first + len(unstored)
         reply.feed(entries)
 
     # ------------------------------------------------------------ one task per reply
@@ -370,35 +366,39 @@ class Replies:
     async def _finish(self, reply: Reply, ttl_s: float | None = None) -> None:
         """Tell the store that it is over. Should that fail, the next reader sees it by the last event."""
         response = reply.response
-        if response is None or reply.stored is None or self.health.away:
+        if response is None or reply.stored is None:
             return
         with contextlib.suppress(StoreUnavailable, UnknownResponse):
-            await self.store.finish_response(
-                reply.id,
-                response.status,
-                msgspec.msgpack.encode(reply.plan),
-                holder=self.holder,
-                ttl_s=self.patience.ttl if ttl_s is None else ttl_s,
+            await self.health.ask(
+                lambda: self.store.finish_response(
+                    reply.id,
+                    response.status,
+                    msgspec.msgpack.encode(reply.plan),
+                    holder=self.holder,
+                    ttl_s=self.patience.ttl if ttl_s is None else ttl_s,
+                )
             )
 
     async def _claim(self, reply: Reply) -> bool:
         """Whether the reply is ours to write. One that began here stays ours while the store is away."""
         if reply.stored is None:
             return True
-        if self.health.away:
-            return reply.running or not reply.entries
         try:
-            return await self.store.claim_response(reply.id, holder=self.holder, lease_s=self.patience.lease)
+            return await self._lease(reply, self.patience.lease)
         except StoreUnavailable:
-            self.health.failed()
             return reply.running or not reply.entries
+
+    async def _lease(self, reply: Reply, seconds: float) -> bool:
+        return await self.health.ask(
+            lambda: self.store.claim_response(reply.id, holder=self.holder, lease_s=seconds)
+        )
 
     async def _release(self, reply: Reply) -> None:
         """Let the lease run out at once, so that whoever is asked next need not wait for it."""
-        if reply.done or reply.stored is None or self.health.away:
+        if reply.done or reply.stored is None:
             return
         with contextlib.suppress(StoreUnavailable):
-            await self.store.claim_response(reply.id, holder=self.holder, lease_s=0.001)
+            await self._lease(reply, 0.001)
 
     async def _renew(self, reply: Reply) -> None:
         while True:
@@ -409,9 +409,10 @@ class Replies:
         """Read what another process writes."""
         await asyncio.sleep(self.patience.follow)
         try:
-            read = await self.store.read_response_events(reply.id, len(reply.entries) - 1)
+            read = await self.health.ask(
+                lambda: self.store.read_response_events(reply.id, len(reply.entries) - 1)
+            )
         except StoreUnavailable:
-            self.health.failed()
             await self.health.back(self.patience.orphan)
             return
         except (UnknownResponse, EventsExpired):
@@ -423,8 +424,8 @@ class Replies:
     async def _load(self, user: str, reply_id: str) -> Reply:
         """A reply this process does not have: finished, orphaned, or written by another."""
         try:
-            record = await self.store.response(user, reply_id)
-            read = await self.store.read_response_events(reply_id)
+            record = await self.health.ask(lambda: self.store.response(user, reply_id))
+            read = await self.health.ask(lambda: self.store.read_response_events(reply_id))
         except UnknownResponse:
             raise NotFound(f"no response {reply_id!r:.80}", code="response_not_found") from None
         except EventsExpired:

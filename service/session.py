@@ -47,7 +47,6 @@ class SessionOptions:
     max_output_tokens: int = 256
     auto_refresh_after: int = 50  # learned turns; 0: never by itself
     engine_patience: float = 120.0
-    store_patience: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -154,11 +153,8 @@ class Session:
 
     async def pointer(self, user: str) -> Pointer:
         """Where the person's adapter stands, as far as can be told."""
-        if not self.health.away:
-            try:
-                return await self.store.pointer(user)
-            except StoreUnavailable:
-                self.health.failed()
+        with suppress(StoreUnavailable):
+            return await self.health.ask(lambda: self.store.pointer(user))
         return self._remembered[user].pointer if user in self._remembered else Pointer(0, None, 0)
 
     async def prefetch(self, user: str) -> None:
@@ -224,27 +220,26 @@ class Session:
 
     async def _maybe_refresh(self, user: str) -> None:
         """Ask for a refresh once enough was said that no refresh has seen. It never costs the reply."""
-        if not self.options.auto_refresh_after or self.health.away:
+        if not self.options.auto_refresh_after:
             return
         try:
-            if await self.store.learned_since_refresh(user) >= self.options.auto_refresh_after:
+            fresh = await self.health.ask(lambda: self.store.learned_since_refresh(user))
+            if fresh >= self.options.auto_refresh_after:
                 await self.refresh(user, "turns")
         except StoreUnavailable:
-            self.health.failed()
+            pass
+        except Exception:
+            log.exception("a refresh could not be asked for")
 
     # ------------------------------------------------------------ what both need
 
     async def _recall(self, user: str) -> tuple[Remembered, bool]:
         """The person's pointer and newest turns; while the store is away what was last read, and False."""
-        if not self.health.away:
-            try:
-                pointer = await self.store.pointer(user)
-                turns = await self.store.recent(user, self._turns_that_may_fit)
-            except StoreUnavailable:
-                self.health.failed()
-            else:
-                self._remember(user, Remembered(pointer, tuple(turns)))
-                return self._remembered[user], True
+        with suppress(StoreUnavailable):
+            pointer = await self.health.ask(lambda: self.store.pointer(user))
+            turns = await self.health.ask(lambda: self.store.recent(user, self._turns_that_may_fit))
+            self._remember(user, Remembered(pointer, tuple(turns)))
+            return self._remembered[user], True
         return self._remembered.get(user, Remembered(Pointer(0, None, 0), ())), False
 
     def _remember(self, user: str, what: Remembered) -> None:
@@ -263,9 +258,8 @@ class Session:
         if model.version is None or model.version == pointer.version:
             return pointer.version
         try:
-            records = await self.store.versions(user)
+            records = await self.health.ask(lambda: self.store.versions(user))
         except StoreUnavailable:
-            self.health.failed()
             raise Unavailable("versions cannot be read", code="store_unavailable", retry_after=2) from None
         if not any(record.version == model.version and record.accepted for record in records):
             raise ModelNotFound(asked)
@@ -274,10 +268,9 @@ class Session:
     async def _versions_below(self, user: str, bad: int) -> list[int]:
         """Accepted versions older than a bad one, newest first; none while the store is away."""
         try:
-            records = [] if self.health.away else await self.store.versions(user)
+            records = await self.health.ask(lambda: self.store.versions(user))
         except StoreUnavailable:
-            self.health.failed()
-            records = []
+            return []
         return sorted(
             (record.version for record in records if record.accepted and record.version < bad), reverse=True
         )
@@ -288,11 +281,8 @@ class Session:
         """The turns of one conversation, as far back as it goes."""
         if new:
             return []
-        if not self.health.away:
-            try:
-                return await self.store.conversation(user, conversation)
-            except StoreUnavailable:
-                self.health.failed()
+        with suppress(StoreUnavailable):
+            return await self.health.ask(lambda: self.store.conversation(user, conversation))
         return [turn for turn in recalled.turns if turn.conversation == conversation]
 
     @property
@@ -338,17 +328,14 @@ class Session:
         return replace(sampling, max_tokens=min(sampling.max_tokens, most))
 
     async def _save(self, user: str, turn: Turn, epoch: int | None) -> bool:
-        """Append a turn; False when the store could not be reached for that. A short outage is waited out."""
+        """Append a turn; False when the store could not be reached for that. A short absence is waited out,
+        and sending a turn again is harmless."""
+        saved = False
         for _ in range(2):
-            if not await self.health.back(self.options.store_patience):
+            with suppress(StoreUnavailable):
+                await self.health.ask(lambda: self.store.append(user, [turn], epoch=epoch))
+                saved = True
                 break
-            try:
-                await self.store.append(user, [turn], epoch=epoch)
-            except StoreUnavailable:
-                self.health.failed()
-            else:
-                break
-        saved = not self.health.away
         known = self._remembered.get(user)
         if known is not None:
             self._remember(user, replace(known, turns=(*known.turns, turn)))

@@ -488,6 +488,7 @@ def test_forget_drops_copies_and_kv_and_cancels_the_adapters_replies(build: Buil
     assert forgotten.device_slabs > 0
     assert 0 < forgotten.host_bytes < before.adapters["host_bytes"]
     assert forgotten.kv_blocks >= 4
+    assert len(engine._runner._kv) == 0  # nor in what the runner copied for speed
     assert {e.request_id: e.reason for e in engine.step() if isinstance(e, FinishedEvent)} == {
         "running": "cancelled",
         "base turn of the same person": "cancelled",

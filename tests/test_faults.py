@@ -206,8 +206,7 @@ def own_store(redis_server: RedisServer) -> Store:
 async def test_a_chat_goes_on_without_redis_and_says_that_nothing_is_saved(
     service: TinyService, own_store: Store, redis_server: RedisServer
 ) -> None:
-    session = SessionOptions(max_output_tokens=24, store_patience=0.2)
-    async with service.gateway(store=own_store, session=session) as gateway:
+    async with service.gateway(store=own_store, store_patience_s=0.2) as gateway:
         client = gateway.client("ann")
         before = await client.responses.create(model="me", input="one", conversation="c")
         assert before.usage is not None
@@ -241,8 +240,7 @@ async def test_a_chat_goes_on_without_redis_and_says_that_nothing_is_saved(
 async def test_a_short_absence_of_redis_in_a_reply_loses_nothing(
     service: TinyService, own_store: Store, redis_server: RedisServer
 ) -> None:
-    session = SessionOptions(store_patience=10.0)
-    async with service.gateway(store=own_store, session=session) as gateway:
+    async with service.gateway(store=own_store, store_patience_s=10.0) as gateway:
         stream = await gateway.client("ann").responses.create(
             model="me", input="hello", stream=True, max_output_tokens=LONG
         )

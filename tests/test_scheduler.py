@@ -290,6 +290,16 @@ def test_when_pages_run_out_the_newest_gives_way_and_no_token_changes() -> None:
     assert new.tokens[7:] == [100 + index for index in range(12)]
 
 
+def test_a_request_is_not_admitted_into_the_pages_that_running_replies_grow_into() -> None:
+    world = World(slabs=5)
+    world.add("old", 15, 6)
+    world.step()
+    world.add("new", 3, 6, first=50)
+    world.finish()
+    assert world.done == ["old", "new"]
+    assert world.scheduler.stats.preemptions == 0
+
+
 def test_a_preempted_request_goes_on_from_its_cached_blocks() -> None:
     world = World(slabs=7)
     world.add("old", 7, 12)

@@ -246,6 +246,7 @@ class TinyService:
         demo_hours: float | None = None,
         store: Store | None = None,
         server: dict[str, Any] | None = None,
+        store_patience_s: float = 3.0,
         **deps: Any,
     ) -> AsyncIterator[Running]:
         calls = Calls()
@@ -275,6 +276,7 @@ class TinyService:
             session=session or SessionOptions(max_output_tokens=24),
             sockets=sockets or SocketOptions(),
             patience=patience,
+            store_patience_s=store_patience_s,
         )
         app = build_app(
             GatewayDeps(

@@ -1,0 +1,228 @@
+"""Loading model folders: what is served loads right, and what is not is refused by name."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.tensor_files import DuplicateTensor, ModelError, NotSafetensors, WrongShape
+from engine.weights import (
+    MissingFile,
+    MissingShard,
+    MissingTensor,
+    UnexpectedTensor,
+    UnknownArchitecture,
+    UnsupportedModel,
+    load_model,
+    read_config,
+)
+from tests.tiny_models import FAMILIES, save_random
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_random(tmp_path, FAMILIES["llama3"]())
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def test_shards_and_a_single_file_load_the_same_model(tmp_path: Path) -> None:
+    save_random(tmp_path / "one", FAMILIES["qwen3"]())
+    save_random(tmp_path / "many", FAMILIES["qwen3"](), max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = load_model(tmp_path / "one"), load_model(tmp_path / "many")
+    assert one.base_hash == many.base_hash
+    for (name, a), (_, b) in zip(
+        one.decoder.named_parameters(), many.decoder.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_the_base_hash_changes_with_one_weight_and_with_the_config(folder: Path) -> None:
+    before = load_model(folder).base_hash
+    tensor = load_file(folder / "model.safetensors")["model.norm.weight"].clone()
+    tensor[3] += 1e-3
+    edit_tensors(folder, model__norm__weight=tensor)
+    changed = load_model(folder).base_hash
+    edit_config(folder, rms_norm_eps=1e-4)
+    assert len({before, changed, load_model(folder).base_hash}) == 3
+
+
+def test_a_model_loads_in_bfloat16(folder: Path) -> None:
+    decoder = load_model(folder, dtype=torch.bfloat16).decoder
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
+
+
+def test_no_parameter_of_a_loaded_model_wants_gradients(folder: Path) -> None:
+    assert not any(parameter.requires_grad for parameter in load_model(folder).decoder.parameters())
+
+
+def test_end_tokens_of_both_config_files_count(folder: Path) -> None:
+    edit_config(folder, eos_token_id=7, bos_token_id=1)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
+    config = read_config(folder)
+    assert config.eos_token_ids == (7, 9)
+    assert config.bos_token_id == 1
+
+
+def test_rope_settings_of_older_transformers_are_read(folder: Path) -> None:
+    new = read_config(folder).rope
+    raw = json.loads((folder / "config.json").read_text())
+    parameters = raw.pop("rope_parameters")
+    raw["rope_theta"] = parameters.pop("rope_theta")
+    raw["rope_scaling"] = parameters
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert read_config(folder).rope == new
+    assert new.kind == "llama3"
+
+
+@pytest.mark.parametrize(
+    "architecture", ["GPT2LMHeadModel", "Qwen3MoeForCausalLM", "LlamaForSequenceClassification"]
+)
+def test_an_unknown_architecture_is_refused_by_name(folder: Path, architecture: str) -> None:
+    edit_config(folder, architectures=[architecture])
+    with pytest.raises(UnknownArchitecture, match=architecture) as caught:
+        load_model(folder)
+    assert caught.value.architecture == architecture
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"mlp_bias": True},
+        {"attention_bias": True},
+        {"quantization_config": {"bits": 4}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"num_key_value_heads": 3},
+        {"hidden_size": -1},
+        {"head_dim": 13},
+    ],
+    ids=str,
+)
+def test_a_feature_that_is_not_served_is_refused_by_name(folder: Path, change: dict[str, Any]) -> None:
+    edit_config(folder, **change)
+    with pytest.raises(UnsupportedModel) as caught:
+        load_model(folder)
+    assert caught.value.field in {*change, "rope_type", "partial_rotary_factor"}
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    save_random(tmp_path, FAMILIES["llama2"](), max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(MissingShard, match=shard.name):
+        load_model(tmp_path)
+
+
+def test_a_shard_outside_the_folder_is_not_opened(tmp_path: Path) -> None:
+    save_random(tmp_path / "model", FAMILIES["llama2"](), max_shard_size="40KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["model.norm.weight"] = "../outside.safetensors"
+    index.write_text(json.dumps(raw))
+    save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "outside.safetensors")
+    with pytest.raises(MissingShard, match="outside"):
+        load_model(tmp_path / "model")
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    edit_tensors(folder, model__layers__1__mlp__up_proj__weight=None)
+    with pytest.raises(MissingTensor, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(folder)
+
+
+def test_a_tensor_the_family_does_not_have_is_refused(folder: Path) -> None:
+    edit_tensors(folder, model__layers__0__self_attn__q_proj__bias=torch.zeros(48))
+    with pytest.raises(UnexpectedTensor, match=r"q_proj\.bias"):
+        load_model(folder)
+
+
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(folder: Path) -> None:
+    edit_tensors(folder, model__norm__weight=torch.ones(47))
+    with pytest.raises(WrongShape, match=r"\(48,\).*\(47,\)"):
+        load_model(folder)
+
+
+def test_a_tensor_of_integers_is_refused(folder: Path) -> None:
+    edit_tensors(folder, model__norm__weight=torch.ones(48, dtype=torch.int32))
+    with pytest.raises(UnsupportedModel, match="I32"):
+        load_model(folder)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match=r"config\.json"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MissingFile, match=r"model\.safetensors"):
+        load_model(folder)
+
+
+def test_pickled_weights_are_refused_unopened(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(NotSafetensors, match="pickle"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5, "torch"])
+def test_a_pickle_renamed_to_safetensors_is_refused(folder: Path, protocol: int | str) -> None:
+    path = folder / "model.safetensors"
+    if protocol == "torch":
+        torch.save({"x": torch.ones(1)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": [1.0] * 100}, protocol=int(protocol)))
+    with pytest.raises(NotSafetensors, match="pickle"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["", "{", "[]", '{"x": 3}', '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+     '{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+     '{"x": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}',
+     '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "{" + '"a":{' * 5000],
+)  # fmt: skip
+def test_a_broken_header_is_refused(folder: Path, broken: str) -> None:
+    header = broken.encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(NotSafetensors):
+        load_model(folder)
+
+
+def test_a_tensor_named_twice_in_the_header_is_refused(folder: Path) -> None:
+    entry = '"x": {"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}'
+    header = ("{" + entry % (0, 4) + "," + entry % (4, 8) + "}").encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(DuplicateTensor, match="x"):
+        load_model(folder)
+
+
+def test_every_refusal_is_a_model_error(folder: Path) -> None:
+    edit_config(folder, architectures=None, model_type="mamba")
+    with pytest.raises(ModelError, match="mamba"):
+        load_model(folder)
+
+
+def test_a_tied_model_that_stores_its_head_too_loads(folder: Path) -> None:
+    before = load_model(folder)
+    edit_tensors(folder, lm_head__weight=torch.zeros(97, 48))
+    assert load_model(folder).base_hash == before.base_hash
