@@ -1,5 +1,6 @@
 """Our own HTTP endpoints, for the page and for scripts: a person's adapter, history and what was learned."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -160,7 +161,7 @@ class AttuneApi:
         user = (await self._door.person(request)).user
         body = await read_limited(request, MAX_IMPORT_BYTES)
         now = datetime.fromtimestamp(self._services.clock(), UTC)
-        parsed = parse(body.splitlines(), not_after=now + CLOCK_SKEW)
+        parsed = await asyncio.to_thread(parse, body.splitlines(), not_after=now + CLOCK_SKEW)
         turns = parsed.turns.get(user, [])
         foreign = sum(len(others) for name, others in parsed.turns.items() if name != user)
         errors = [{"line": error.number, "message": error.message} for error in parsed.errors]

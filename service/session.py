@@ -27,7 +27,8 @@ from service.input import Said, brought_turns, checked_turn
 from service.metrics import Metrics
 from service.pen import Pen
 from service.protocol import CreateChatCompletion, CreateResponse, ModelName, parse_model
-from service.replies import Plan, Replies, Reply, fingerprint
+from service.replies import Replies
+from service.reply import Plan, Reply, fingerprint
 from service.store_health import StoreHealth
 from service.writing import Ending, Writing
 

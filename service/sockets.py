@@ -35,7 +35,8 @@ from service.limits import RateLimits
 from service.metrics import Metrics
 from service.outbox import Outbox, OutboxFull
 from service.protocol import Codec, MalformedFrame, conversation_of
-from service.replies import Replies, Reply
+from service.replies import Replies
+from service.reply import Reply
 from service.session import Session
 from service.uvicorn_protocol import ABORT
 

@@ -121,6 +121,29 @@ async def test_two_gateways_that_are_asked_for_an_orphan_write_it_once(
         assert first[-1]["response"]["output"][0]["content"][0]["text"] == expected
 
 
+async def test_an_orphan_is_written_and_saved_though_nobody_asks_for_it(
+    service: TinyService, redis_url: str
+) -> None:
+    expected = await alone(service, "hello")
+    async with service.gateway() as other:
+        async with gateway_process(service, redis_url) as (process, port):
+            url = f"ws://127.0.0.1:{port}/v1/responses"
+            async with websockets.connect(url, additional_headers=other.headers("ann")) as connection:
+                create = {
+                    "type": "response.create", "input": "hello", "model": "base", "seed": 1,
+                    "max_output_tokens": LONG,
+                }  # fmt: skip
+                await connection.send(json.dumps(create))
+                await connection.recv()
+                process.send_signal(signal.SIGKILL)
+        async with asyncio.timeout(30):
+            turns = await service.store.turns("ann")
+            while len(turns) < 2:
+                await asyncio.sleep(0.1)
+                turns = await service.store.turns("ann")
+        assert [turn.text for turn in turns] == ["hello", expected]
+
+
 async def test_a_gateway_follows_what_another_writes(service: TinyService) -> None:
     async with service.gateway() as one, service.gateway() as two:
         begun = await one.client("ann").responses.create(
