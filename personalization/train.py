@@ -3,8 +3,9 @@
 Each person has their own examples, seed, learning rate, steps and end; the stack only shares the work. A run
 of one person alone and of the same person in a stack of others compute the same thing, up to rounding.
 
-A step is small on purpose (tens of tokens): LoRA takes large batches badly, and many small steps of one
-person alone leave the machine idle, while those of many people together fill it.
+A row is a stretch of whole conversations, not a single message: the adapter has to add to the context that
+serving puts in the prompt, so it must learn with one. Trained on rows of 64 tokens it gains less than half of
+what it gains on rows of 512, judged behind that context.
 """
 
 import math
@@ -48,9 +49,9 @@ class Recipe:
     rank: int = 8
     alpha: float = 16.0
     modules: tuple[str, ...] = MODULES
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     epochs: int = 3
-    tokens_per_step: int = 64
+    tokens_per_step: int = 512
     warmup: float = 0.1
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
