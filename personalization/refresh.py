@@ -39,7 +39,7 @@ class RefreshPolicy:
     auto_after      new turns that start a refresh by themselves; 0: never
     gate_fraction   of the newest turns, held out for the gate
     gate_tokens     of a gate row, most of it the context before the turns that are judged
-    row_tokens      most tokens of a training row: whole conversations, since the adapter must add to their context
+    row_tokens      most tokens of a training row: whole conversations, as an adapter adds to their context
     most_turns      the newest turns that are trained on; further back a history pays less than it costs
     replay          tokens of older turns trained with each token of new ones, when a version is carried on
     """
