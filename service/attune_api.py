@@ -65,7 +65,7 @@ class AttuneApi:
             Route("/attune/me", self.me, methods=["GET"]),
             Route("/attune/me", self.forget, methods=["DELETE"]),
             Route("/attune/conversations", self.conversations, methods=["GET"]),
-            Route("/attune/conversations/{conversation}", self.conversation, methods=["GET"]),
+            Route("/attune/conversations/{conversation:path}", self.conversation, methods=["GET"]),
             Route("/attune/versions", self.versions, methods=["GET"]),
             Route("/attune/rollback", self.rollback, methods=["POST"]),
             Route("/attune/refresh", self.refresh, methods=["POST"]),

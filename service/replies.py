@@ -9,7 +9,7 @@ depends on (seed, index) alone, so the text continues as if nothing had happened
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -24,7 +24,7 @@ from personalization.store import (
     StoreUnavailable,
     UnknownResponse,
 )
-from service.errors import Conflict, NotFound, RateLimited, Unavailable
+from service.errors import Conflict, NotFound, RateLimited, ServerFault, Unavailable
 from service.events import AnyReplyEvent
 from service.metrics import Metrics
 from service.reply import Plan, Reply, read_entry
@@ -44,6 +44,7 @@ class Patience:
     ttl: float = 6 * 3600.0  # how long a reply can be resumed or fetched
 
 
+RUNNING = "running"  # a record's state until its reply is finished
 Speak = Callable[["Reply", "Replies"], Awaitable[None]]
 
 
@@ -61,7 +62,7 @@ class Replies:
     _replies: dict[str, Reply] = field(default_factory=dict)
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    _running: Counter[str] = field(default_factory=Counter)
+    _asking: Counter[str] = field(default_factory=Counter)  # by person: replies not yet begun
 
     # ------------------------------------------------------------ asking
 
@@ -70,10 +71,20 @@ class Replies:
         reply = self._replies.get(reply_id)
         return None if reply is None else _checked(reply, user, same_as)
 
-    def check_room(self, user: str) -> None:
-        """Raises RateLimited when the person already has as many replies as they may at once."""
-        if self._running[user] >= self.per_user:
+    @contextlib.contextmanager
+    def room(self, user: str) -> Iterator[None]:
+        """Holds a person's place for one more reply while it is begun. Raises RateLimited: they have as many
+        as they may at once."""
+        under_way = sum(reply.plan.user == user and not reply.done for reply in self._replies.values())
+        if under_way + self._asking[user] >= self.per_user:
             raise RateLimited(f"at most {self.per_user} replies at once", retry_after=2)
+        self._asking[user] += 1
+        try:
+            yield
+        finally:
+            self._asking[user] -= 1
+            if not self._asking[user]:
+                del self._asking[user]
 
     async def start(self, plan: Plan) -> Reply:
         """Begin a reply; or the one that the same request began before. Raises Conflict, HistoryForgotten.
@@ -146,12 +157,14 @@ class Replies:
         for reply_id in await self.health.ask(self.store.orphans):
             if reply_id in self._replies:
                 continue
-            record = await self.store.adopt_response(
-                reply_id, holder=self.holder, lease_s=self.patience.lease
-            )
-            if record is not None and reply_id not in self._replies:
-                self._take_up(record, await self.store.read_response_events(reply_id))
-                adopted += 1
+            with contextlib.suppress(UnknownResponse, EventsExpired):  # it ended meanwhile
+                record = await self.store.adopt_response(
+                    reply_id, holder=self.holder, lease_s=self.patience.lease
+                )
+                read = await self.store.read_response_events(reply_id)
+                if record is not None and reply_id not in self._replies:
+                    self._take_up(record, read)
+                    adopted += 1
         return adopted
 
     async def close(self) -> None:
@@ -208,13 +221,11 @@ class Replies:
                     await self._follow(reply)
         except Exception:
             log.exception("reply failed", response_id=reply.id)
-            reply.lose()
+            reply.lose(ServerFault("an internal error; the reply was given up"))
         self._watch(reply)
 
     async def _write_all(self, reply: Reply) -> None:
-        user = reply.plan.user
         reply.running = True
-        self._running[user] += 1
         self.metrics.running.inc()
         if reply.entries:
             self.metrics.adopted.inc()
@@ -224,14 +235,12 @@ class Replies:
             await self._finish(reply)
         except LeaseLost:
             log.warning("another gateway took over a reply", response_id=reply.id)
-        except (UnknownResponse, HistoryForgotten):  # its person was forgotten meanwhile
-            reply.lose()
+        except (UnknownResponse, HistoryForgotten):
+            reply.lose(_gone(reply.id))  # its person was forgotten meanwhile
         finally:
             renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
             self.metrics.running.dec()
-            self._running[user] -= 1
-            if not self._running[user]:
-                del self._running[user]
             reply.running = False
 
     async def _finish(self, reply: Reply, ttl_s: float | None = None) -> None:
@@ -287,10 +296,23 @@ class Replies:
             await self.health.back(self.patience.orphan)
             return
         except (UnknownResponse, EventsExpired):
-            reply.lose()
+            reply.lose(_gone(reply.id))
             return
         reply.stored = len(reply.entries) + len(read)
         reply.feed([read_entry(data) for _, data in read])
+        if not read and not await self._still_running(reply):
+            reply.lose(_gone(reply.id))
+
+    async def _still_running(self, reply: Reply) -> bool:
+        """Whether anyone will ever add to the log of a reply that is not ours."""
+        try:
+            record = await self.health.ask(lambda: self.store.response(reply.plan.user, reply.id))
+            ended = record.state != RUNNING
+            return not ended or bool(await self.store.read_response_events(reply.id, len(reply.entries) - 1))
+        except StoreUnavailable:
+            return True
+        except (UnknownResponse, EventsExpired):
+            return False
 
     async def _load(self, user: str, reply_id: str) -> Reply:
         """A reply this process does not have: finished, orphaned, or written by another."""
@@ -300,7 +322,7 @@ class Replies:
         except UnknownResponse:
             raise NotFound(f"no response {reply_id!r:.80}", code="response_not_found") from None
         except EventsExpired:
-            raise NotFound(f"the log of {reply_id!r:.80} is no longer kept", code="resume_expired") from None
+            raise _gone(reply_id) from None
         except StoreUnavailable:
             raise Unavailable(
                 "stored replies cannot be reached", code="store_unavailable", retry_after=2
@@ -345,8 +367,12 @@ class Replies:
         if timer is not None:
             timer.cancel()
         task = self._tasks.get(reply.id)
-        if task is not None and task is not asyncio.current_task():
+        if task is not None and task is not asyncio.current_task() and not reply.done:
             task.cancel()
+
+
+def _gone(reply_id: str) -> NotFound:
+    return NotFound(f"the log of {reply_id!r:.80} is no longer kept", code="resume_expired")
 
 
 def _checked(reply: Reply, user: str, same_as: str | None) -> Reply:

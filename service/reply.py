@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from service.errors import NotFound
+from service.errors import ApiError
 from service.events import (
     TERMINAL,
     AnyReplyEvent,
@@ -79,7 +79,7 @@ class Reply:
         self.plan = plan
         self.entries = list(entries)
         self.stored = stored  # how many of them the store has; None: it does not know this reply
-        self.lost = False  # its log is gone from the store before its end was seen
+        self.lost: ApiError | None = None  # why its end will never be seen here
         self.listeners = 0
         self.acknowledged = -1
         self.cancelled: asyncio.Event = asyncio.Event()
@@ -124,8 +124,9 @@ class Reply:
             event.response_id, event.sequence_number = self.id, at
         return [Entry(event, tokens if at == 0 else ()) for at, event in enumerate(events)]
 
-    def lose(self) -> None:
-        self.lost = True
+    def lose(self, error: ApiError) -> None:
+        """There will be no end; everyone who listens gets `error`."""
+        self.lost = error
         self._news.set()
 
     def feed(self, entries: Sequence[Entry]) -> None:
@@ -136,7 +137,7 @@ class Reply:
 
     async def events(self, after: int = -1) -> AsyncGenerator[AnyReplyEvent, None]:
         """The events numbered above `after`, those there are and those to come, to the last. Raises
-        NotFound."""
+        ApiError."""
         at = max(0, after + 1)
         self.listeners += 1
         try:
@@ -147,8 +148,8 @@ class Reply:
                     at += 1
                 if self.done:
                     return
-                if self.lost:
-                    raise NotFound(f"the log of {self.id} is no longer kept", code="resume_expired")
+                if self.lost is not None:
+                    raise self.lost
                 await news.wait()
         finally:
             self.listeners -= 1
