@@ -68,7 +68,7 @@ def engine_on(root: Path, folder: Path, *, prefix_cache: bool) -> Engine:
 
 
 def finish(engine: Engine, requests: list[Request]) -> tuple[list[list[int]], float]:
-    """Run `requests` to their ends; their token ids, and the seconds until the first token of the first one."""
+    """Run `requests` to their ends; their token ids, and the seconds until the first token of them all."""
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
     started = time.perf_counter()
     first = 0.0
@@ -221,7 +221,7 @@ def main() -> None:
             torch.set_num_threads(threads)
             row = mixed_batch(root, options.model, options.rounds)
             print(
-                f"{threads} thread(s): ours {row['ours_tokens_per_s']} tok/s, PEFT {row['peft_tokens_per_s']},"
+                f"{threads} threads: ours {row['ours_tokens_per_s']} tok/s, PEFT {row['peft_tokens_per_s']},"
                 f" {row['times_peft']} times; equal replies: {row['replies_equal']}",
                 flush=True,
             )

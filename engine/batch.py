@@ -58,12 +58,6 @@ class Batch:
         width = max(map(len, self.blocks))
         return torch.tensor([[*blocks, *[0] * (width - len(blocks))] for blocks in self.blocks])
 
-    @cached_property
-    def adapter_of_row(self) -> Tensor:
-        """[T] int64: index into adapters of each token row, -1 for the base model."""
-        lengths = [b - a for a, b in zip(self.query_start, self.query_start[1:], strict=False)]
-        return torch.tensor(self.adapter_of_seq).repeat_interleave(torch.tensor(lengths))
-
 
 def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
     """Lay out the chunks of one step; every sequence has blocks for all the positions of its chunk."""

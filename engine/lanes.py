@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.model import ModelConfig
 
-_COLUMN_STEP = 64  # positions a K/V lane grows by, at least
+_COLUMN_STEP = 128  # positions a K/V lane grows by, at least
 _PADDING_LIMIT = 4  # columns of all lanes may be this many times the positions they hold …
 _PADDING_FREE = 4096  # … beyond so many
 
@@ -74,6 +74,7 @@ class KvLanes:
         self._held: dict[Hashable, _Held] = {}
         self._asked: tuple[str, ...] = ()  # the sequences of the last call, and the rows chosen of them
         self._rows: tuple[int, ...] = ()
+        self._memory, self._spare = slabs.new_empty(0), slabs.new_empty(0)
         self._k, self._v, self._mask = self._new_buffers(0, 0)
 
     def __len__(self) -> int:
@@ -129,6 +130,7 @@ class KvLanes:
 
     def clear(self) -> None:
         self._ids, self._held, self._asked, self._rows, self.end = [], {}, (), (), 0
+        self._memory, self._spare = self._slabs.new_empty(0), self._slabs.new_empty(0)
         self._k, self._v, self._mask = self._new_buffers(0, 0)
 
     def columns(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -195,8 +197,8 @@ class KvLanes:
         moves, _ = rearrange(self._ids, wanted)
         self._held = {key: held for key, held in self._held.items() if key in valid}
         for source, target in moves:
-            self._k[:, target].copy_(self._k[:, source])
-            self._v[:, target].copy_(self._v[:, source])
+            self._k[:, target, ..., : self.end].copy_(self._k[:, source, ..., : self.end])
+            self._v[:, target, :, : self.end].copy_(self._v[:, source, :, : self.end])
             self._mask[target].copy_(self._mask[source])
         self._k[:, len(valid) : before].zero_()
         self._v[:, len(valid) : before].zero_()
@@ -228,17 +230,32 @@ class KvLanes:
         self._k, self._v, self._mask = self._new_buffers(lanes, columns)
         self.end = longest
         if kept:
-            source, target = slice(old_end - kept, old_end), slice(longest - kept, longest)
+            source, target, before = (
+                slice(old_end - kept, old_end),
+                slice(longest - kept, longest),
+                longest - kept,
+            )
+            self._k[:, :count, ..., :before].zero_()
+            self._v[:, :count, :, :before].zero_()
             self._k[:, :count, :, :, target].copy_(old_k[..., source])
             self._v[:, :count, :, target].copy_(old_v[:, :, :, source])
             self._mask[:count, :, :, target].copy_(old_mask[..., source])
-            self._mask[:count, :, :, : longest - kept] = -math.inf
+            self._mask[:count, ..., :before] = -math.inf
 
     def _new_buffers(self, lanes: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        config, zeros = self._config, self._slabs.new_zeros
+        """Buffers not yet written (the mask: all open), in the memory that the present ones do not use.
+
+        Two pieces of memory take turns: fresh memory costs a page fault every 4 KiB, which for the megabytes
+        of a buffer is longer than a step.
+        """
+        config = self._config
         layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
+        size = layers * lanes * heads * dim * columns
+        self._memory, self._spare = self._spare, self._memory
+        if self._memory.numel() < 2 * size:
+            self._memory = self._slabs.new_empty(2 * size)
         return (
-            zeros(layers, lanes, heads, dim, columns),
-            zeros(layers, lanes, heads, columns, dim),
-            zeros(lanes, heads, 1, columns),
+            self._memory[:size].view(layers, lanes, heads, dim, columns),
+            self._memory[size : 2 * size].view(layers, lanes, heads, columns, dim),
+            self._slabs.new_zeros(lanes, heads, 1, columns),
         )

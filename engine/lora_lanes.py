@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import is_
 
 import torch
@@ -70,9 +71,15 @@ class LoraLanes:
     def lane_elems(self) -> int:
         return self._units.numel() * self._unit
 
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.numel() * self._buffer.element_size()
+
     def hold(self, residents: Many[ResidentAdapter]) -> list[int]:
         """Make the lanes hold these adapters, one lane for each row, and return the row of each lane."""
-        if len(residents) == len(self._asked) and all(map(is_, residents, self._asked)):
+        if len(residents) == len(self._asked) == len(self._adapters) and all(
+            map(is_, residents, self._asked)
+        ):
             return self._rows
         counts: dict[Hashable, int] = {}
         keys: list[Hashable] = []
@@ -160,6 +167,7 @@ class LoraLanes:
         return views
 
 
+@lru_cache(maxsize=64)  # as many as there are layouts; lanes themselves come and go with their rows
 def _plan_lane(config: ModelConfig, layout: AdapterLayout) -> tuple[tuple[_Part, ...], int, Tensor, Tensor]:
     """A lane as a gather of units of the image: (parts, unit size, unit per place [U], its factor [U, 1])."""
     unit = math.gcd(layout.slab_elems, *(w for m in layout.modules for w in (m.in_features, m.out_features)))

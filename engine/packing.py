@@ -41,7 +41,7 @@ class ModuleTiles:
     b_offsets: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AdapterLayout:
     """The places of all tiles of one adapter shape (modules, ranks, scales); adapters of a shape share it."""
 

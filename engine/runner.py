@@ -100,13 +100,22 @@ class Runner:
         for rows in rows_of.values():
             residents = [batch.adapters[batch.adapter_of_seq[plan.sequences[row]]] for row in rows]
             lanes = self._lora.get(id(residents[0].layout)) or self._new_lanes(residents[0].layout)
-            room -= len(rows) * lanes.lane_elems * self._arena.element_size()
-            if room >= 0:
+            size = len(rows) * lanes.lane_elems * self._arena.element_size()
+            if size <= room:
+                room -= size
                 laned.append(_Laned(lanes, [rows[index] for index in lanes.hold(residents)]))
         if batch.num_single:
-            used = {id(on.lanes.layout) for on in laned}
-            self._lora = {key: lanes for key, lanes in self._lora.items() if key in used}
+            self._release({id(on.lanes.layout) for on in laned}, room)
         return _Lora(self._config, self._arena, plan, laned)
+
+    def _release(self, used: set[int], room: int) -> None:
+        """Empty the lanes of layouts that no row has now; keep their memory as far as it fits in `room`."""
+        for key, lanes in list(self._lora.items()):
+            if key not in used:
+                lanes.hold([])
+                room -= lanes.nbytes
+                if room < 0:
+                    del self._lora[key]
 
     def _new_lanes(self, layout: AdapterLayout) -> LoraLanes:
         lanes = LoraLanes(self._config, layout, self._arena)
@@ -252,7 +261,7 @@ class _PagedRows:
     """The rows whose adapter is read from its pages."""
 
     arena: Tensor
-    adapter_of_row: Tensor
+    segments: list[tuple[int, int, int]]  # (index into the tables, first row, end)
     tiles_a: Tensor  # [N, L, 7, P]
     tiles_b: Tensor
     scales: Tensor  # [N, L, 7]
@@ -264,12 +273,12 @@ class _PagedRows:
     ) -> "_PagedRows | None":
         batch = plan.batch
         needed: dict[int, int] = {}  # adapter of the batch -> index into the tables
-        adapter_of_row = torch.full((len(batch.token_ids),), -1)
+        segments: list[tuple[int, int, int]] = []
         for place, sequence in enumerate([*plan.sequences, *range(batch.num_single, len(batch.blocks))]):
             adapter = batch.adapter_of_seq[sequence]
             if adapter >= 0 and place not in laned_rows:
-                rows = slice(batch.query_start[place], batch.query_start[place + 1])
-                adapter_of_row[rows] = needed.setdefault(adapter, len(needed))
+                index = needed.setdefault(adapter, len(needed))
+                segments.append((index, batch.query_start[place], batch.query_start[place + 1]))
         if not needed:
             return None
         tables = [batch.adapters[index].table(config.num_layers) for index in needed]
@@ -287,7 +296,7 @@ class _PagedRows:
             columns[group] = (slice(first, first + len(modules)), widths)
         return cls(
             arena.view(-1),
-            adapter_of_row,
+            segments,
             stack([table.tiles_a for table in tables]),
             stack([table.tiles_b for table in tables]),
             torch.stack([table.scales for table in tables]),
@@ -300,7 +309,7 @@ class _PagedRows:
             x,
             y,
             self.arena,
-            self.adapter_of_row,
+            self.segments,
             self.tiles_a[:, layer, modules],
             self.tiles_b[:, layer, modules],
             self.scales[:, layer, modules],

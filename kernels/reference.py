@@ -120,7 +120,7 @@ def lora_pages(
     x: Tensor,
     y: Tensor,
     arena: Tensor,
-    adapter_of_row: Tensor,
+    segments: Sequence[tuple[int, int, int]],
     tiles_a: Tensor,
     tiles_b: Tensor,
     scales: Tensor,
@@ -128,29 +128,35 @@ def lora_pages(
 ) -> Tensor:
     """Mixed-adapter LoRA straight from pages, for the modules of one fused group in one layer.
 
-    y[t, cols(m)] += scales[n, m] * (x[t] @ A[n, m].T) @ B[n, m], n = adapter_of_row[t]; y[t] stays if n = -1.
+    For each segment (n, begin, end), rows begin <= t < end, and module m with columns c(m) of y:
 
-    x [T, in]; y [T, sum(widths)], changed in place and returned; arena: flat, of x's dtype. A[n, m] are the
-    rows of the tiles [8, in] that start at elements tiles_a[n, m, p] of the arena, B[n, m] those of the tiles
-    [8, widths[m]] at tiles_b[n, m, p], p = 0, 1, …; -1 ends the list (a rank below the largest, or no such
-    module). adapter_of_row [T]; tiles_a and tiles_b [N, M, P] int64; scales [N, M] float32.
+        y[t, c(m)] += scales[n, m] * (x[t] @ A[n, m].T) @ B[n, m]
+
+    Rows in no segment keep y and cost nothing. x [T, in]; y [T, sum(widths)], changed in place and returned;
+    arena: flat, of x's dtype. A[n, m] are the rows of the tiles [8, in] that start at elements
+    tiles_a[n, m, p] of the arena, B[n, m] those of the tiles [8, widths[m]] at tiles_b[n, m, p], p = 0, 1, …;
+    -1 ends the list (a rank below the largest, or no such module). tiles_a and tiles_b [N, M, P] int64,
+    scales [N, M] float32.
     """
-    for n in sorted(set(adapter_of_row.tolist()) - {-1}):
-        rows = (adapter_of_row == n).nonzero()[:, 0]
-        begin = 0
+    for n, begin, end in segments:
+        rows_a = [_tiles(arena, offsets, x.shape[1]) for offsets in tiles_a[n].tolist()]
+        if not any(rows_a):
+            continue
+        u = x[begin:end] @ torch.cat([tile for rows in rows_a for tile in rows]).t()
+        rank = column = 0
+        factors, all_offsets = scales[n].tolist(), tiles_b[n].tolist()
         for m, width in enumerate(widths):
-            a = _tiles(arena, tiles_a[n, m], x.shape[1])
-            b = _tiles(arena, tiles_b[n, m], width)
-            if a is not None and b is not None:
-                delta = ((x[rows] @ a.t()) * scales[n, m].to(x.dtype)) @ b
-                y[rows, begin : begin + width] += delta
-            begin += width
+            if rows_a[m]:
+                ranks = slice(rank, rank + RANK_TILE * len(rows_a[m]))
+                b = torch.cat(_tiles(arena, all_offsets[m], width))
+                y[begin:end, column : column + width].addmm_(u[:, ranks], b, alpha=factors[m])
+                rank = ranks.stop
+            column += width
     return y
 
 
-def _tiles(arena: Tensor, offsets: Tensor, width: int) -> Tensor | None:
-    found = [arena[o : o + RANK_TILE * width].view(RANK_TILE, width) for o in offsets.tolist() if o >= 0]
-    return torch.cat(found) if found else None
+def _tiles(arena: Tensor, offsets: Sequence[int], width: int) -> list[Tensor]:
+    return [arena[o : o + RANK_TILE * width].view(RANK_TILE, width) for o in offsets if o >= 0]
 
 
 class PackedLinear:

@@ -26,6 +26,7 @@ def splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(-(2**63), 2**63 - 1), index=st.integers(0, 2**40))
 def test_uniform_is_splitmix64(seed: int, index: int) -> None:
     state = splitmix64(seed & (2**64 - 1)) + index * 0x9E3779B97F4A7C15
