@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 
+from engine.adapter_files import LoraModule, LoraWeights, write_adapter
+from engine.model import module_shape
+from engine.weights import read_config
+from service import demo_model
 from service.chat import TERMINAL, ChatClient
 from tests.running_service import PROCESSES, RunningService, running_service
 
@@ -194,16 +199,28 @@ def test_killing_a_process_during_a_chat_loses_no_acknowledged_turn_and_the_clie
     assert said.strip() in [turn["text"].strip() for turn in kept if turn["role"] == "assistant"]
 
 
-def test_forgetting_a_person_leaves_nothing_of_them(service: RunningService) -> None:
+def write_random_adapter(folder: Path) -> None:
+    """A small PEFT folder that fits the demo model."""
+    config, chance = read_config(demo_model.path()), torch.Generator().manual_seed(3)
+    modules = []
+    for layer in range(config.num_layers):
+        wide, narrow = module_shape(config, "q_proj")
+        a, b = torch.randn(4, narrow, generator=chance), torch.randn(wide, 4, generator=chance)
+        modules.append(LoraModule(layer, "q_proj", a * 0.01, b * 0.01, 1.0))
+    write_adapter(folder, LoraWeights(tuple(modules)), config, base_model="demo")
+
+
+def test_forgetting_a_person_leaves_nothing_of_them(service: RunningService, tmp_path: Path) -> None:
     user, word = "passing-guest", "Xylophonic"
     service.attune("import", "-", text=history(user, hail=word))
-    assert service.json("refresh", user, "--wait")["refreshed"][0]["published"] is True
+    write_random_adapter(tmp_path / "adapter")
+    assert service.json("import-adapter", user, str(tmp_path / "adapter"))["version"] == 1
 
-    async def talk() -> None:
+    async def talk() -> list[dict[str, Any]]:
         async with ChatClient(service.address, service.token(user)) as client:
-            await reply(client, f"{word}!", max_output_tokens=16)
+            return await reply(client, f"{word}!", max_output_tokens=16)
 
-    asyncio.run(talk())
+    assert version_of(asyncio.run(talk())[-1]) == 1
     before = {path.name for path in (service.data / "adapters").iterdir()}
     gone = service.json("forget", user, "--yes")
     assert gone["turns"] == 58
