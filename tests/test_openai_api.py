@@ -360,12 +360,15 @@ async def test_the_same_idempotency_key_gives_the_same_reply(service: TinyServic
         assert other.id != first.id
 
 
-async def test_a_request_sent_again_after_a_crash_finds_its_own_turn(service: TinyService) -> None:
+@pytest.mark.parametrize("conversation", [None, "c"])
+async def test_a_request_sent_again_after_a_crash_finds_its_own_turn(
+    service: TinyService, conversation: str | None
+) -> None:
     async with service.gateway() as gateway:
         name = gateway.gateway.session._reply_name("ann", "once")
         saved = Turn(
             id=f"turn_{name}",
-            conversation=f"conv_{name}",
+            conversation=conversation or f"conv_{name}",
             at=datetime.now(UTC),
             role="user",
             text="hello",
@@ -373,7 +376,9 @@ async def test_a_request_sent_again_after_a_crash_finds_its_own_turn(service: Ti
         )
         await service.store.append("ann", [saved])  # and then the gateway died
         headers = {"idempotency-key": "once"}
-        reply = await gateway.client("ann").responses.create(model="me", input="hello", extra_headers=headers)
+        reply = await gateway.client("ann").responses.create(
+            model="me", input="hello", conversation=conversation, extra_headers=headers
+        )
         fresh = await gateway.client("ben").responses.create(model="me", input="hello")
         assert reply.usage is not None
         assert fresh.usage is not None
