@@ -32,6 +32,9 @@ _OPEN_BINS = 32
 # Enough rows for the products to run at full speed on every core; more would only take more memory.
 PEOPLE_AT_ONCE = 64
 _LEAST_IN_A_LANE = 4
+# Tokens of one step of all who train at a time, on a processor: the backward pass keeps about half a
+# megabyte for each token of the demo model, and this many already fill every core.
+_HOST_TOKENS_AT_ONCE = 4096
 
 
 class InvalidRecipe(ValueError):
@@ -159,6 +162,9 @@ def train_stacks(
         trained = _train_stack(model, shape, [runs[index] for index in chosen], recipe, count)
         return dict(zip(chosen, trained, strict=True))
 
+    if not model.decoder.embed.is_cuda:
+        room = _HOST_TOKENS_AT_ONCE // recipe.tokens_per_step
+        people_at_once = min(people_at_once, max(_LEAST_IN_A_LANE, room))
     threads = torch.get_num_threads()
     lanes = 1 if model.decoder.embed.is_cuda else min(threads, people_at_once // _LEAST_IN_A_LANE)
     stacks, lanes = _stacks([len(run.steps) for run in runs], people_at_once, max(1, lanes))
