@@ -375,6 +375,8 @@ def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_tak
     open_page: Open,
 ) -> None:
     page = open_page("learner")
+    page.get_by_role("button", name="Refresh from my history").click()
+    expect(page.locator(".refresh-box .outcome b")).to_have_text("Not yet", timeout=REFRESH_MS)
     bring_in(page, history("learner") + b"\nnot a turn")
     expect(page.locator(".fold .outcome")).to_contain_text("120 turns brought in")
     expect(page.locator(".fold .outcome")).to_contain_text("Line 121")

@@ -164,3 +164,7 @@ function list<T>(body: unknown, key: string): T[] {
   }
   return [];
 }
+
+export function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

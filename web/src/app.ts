@@ -3,10 +3,11 @@
  * A reply belongs to its thread, not to what is on the screen: it goes on while another conversation is open.
  */
 
-import { Api, ApiError, demoToken, type ImportResult } from "./api";
-import { hueOf, versionName } from "./format";
+import { Api, ApiError, demoToken, messageOf } from "./api";
+import { hueOf } from "./format";
 import { newId, remember, remembered } from "./dom";
-import type { CreateEvent, Me, Rating, ServerEvent, Which } from "./protocol";
+import { Learning } from "./learning";
+import type { ClientEvent, CreateEvent, ServerEvent, Which } from "./protocol";
 import { Reply } from "./reply";
 import { Signals } from "./signals";
 import {
@@ -15,7 +16,6 @@ import {
   type CompareItem,
   type Item,
   type PersonItem,
-  type RefreshStage,
   type ReplyItem,
   type Side,
   type State,
@@ -47,6 +47,7 @@ const GIVE_UP_STORING_CODES = new Set(["store_unavailable", "history_unavailable
 
 export class App {
   readonly signals = new Signals<Topic>();
+  readonly learning = new Learning(this);
   /** Items whose content changed since the views last looked. */
   readonly touched = new Set<Item>();
   readonly state: State = {
@@ -74,11 +75,10 @@ export class App {
   /** Said aloud to screen readers: whole sentences, when something is finished. */
   announce: (text: string) => void = () => undefined;
 
-  private api!: Api;
+  api!: Api;
   private wire: Wire | null = null;
   private threads = new Map<string, Thread>();
   private running = new Map<string, Running>();
-  private feedback = new Map<string, ReplyItem>();
   private later = 0;
 
   // ------------------------------------------------------------------ who
@@ -89,7 +89,7 @@ export class App {
     this.wire = null;
     this.threads.clear();
     this.running.clear();
-    this.feedback.clear();
+    this.learning.reset();
     this.touched.clear();
     const api = new Api(user, (name) => this.authenticate(name));
     this.api = api;
@@ -120,7 +120,7 @@ export class App {
       onLive: () => this.api === api && this.backOnline(),
     });
     if (wanted) void this.open(wanted);
-    await Promise.allSettled([this.loadMe(), this.loadConversations(), this.loadPanel()]);
+    await Promise.allSettled([this.loadMe(), this.loadConversations(), this.learning.load()]);
   }
 
   /** A demo session where the service gives them, else a token that was pasted into the page. */
@@ -130,14 +130,14 @@ export class App {
     return demoToken(user);
   }
 
-  private async loadMe(): Promise<void> {
+  async loadMe(): Promise<void> {
     const api = this.api;
     try {
       const me = await api.me();
       if (api !== this.api) return;
       this.state.me = me;
       if (me.samples) this.state.samples = me.samples;
-      this.joinRefresh(me.refresh ?? null);
+      this.learning.join(me.refresh ?? null);
       this.signals.raise("me", "user");
     } catch (error) {
       // While there is no connection the top of the page says so already.
@@ -231,7 +231,7 @@ export class App {
   }
 
   private ask(thread: Thread, which: Which, prompt: string, input: string | null): void {
-    const create = this.request(thread, which, input, newSeed());
+    const create = this.creation(thread, which, input, newSeed());
     const reply = new Reply(create.event_id, which, Date.now());
     const item: ReplyItem = {
       kind: "reply",
@@ -257,8 +257,8 @@ export class App {
     const thread = this.state.thread;
     const flip = this.state.blind && Math.random() < 0.5;
     const creates = {
-      base: { ...this.request(thread, "base", prompt, seed), store: false },
-      me: { ...this.request(thread, "me", prompt, seed), store: false },
+      base: { ...this.creation(thread, "base", prompt, seed), store: false },
+      me: { ...this.creation(thread, "me", prompt, seed), store: false },
     };
     const now = Date.now();
     const item: CompareItem = {
@@ -288,21 +288,26 @@ export class App {
     this.signals.raise("me");
   }
 
-  private request(thread: Thread, which: Which, input: string | null, seed: number): CreateEvent {
+  private creation(thread: Thread, which: Which, input: string | null, seed: number): CreateEvent {
     const id = newId("evt_");
     return { type: "response.create", event_id: id, stream_id: id, model: which, input, conversation: thread.id, seed };
   }
 
   private start(running: Running): void {
     this.running.set(running.create.event_id, running);
-    this.transmit(running);
+    this.request(running);
     this.keepRunning();
   }
 
-  private transmit(running: Running): void {
+  private request(running: Running): void {
     if (this.wire?.state !== "live") return;
     running.sent = true;
     this.wire.send(running.create);
+  }
+
+  /** Send now, or when the connection is back. */
+  transmit(event: ClientEvent): void {
+    this.wire?.send(event);
   }
 
   get busy(): boolean {
@@ -337,8 +342,8 @@ export class App {
     if (event.type === "session.created") {
       if (event.adapter && this.state.me) this.state.me.adapter = event.adapter;
       this.signals.raise("me");
-    } else if (event.type.startsWith("adapter.")) this.adapterEvent(event);
-    else if (event.type === "feedback.created") this.feedbackSaved(event);
+    } else if (event.type.startsWith("adapter.")) this.learning.hear(event);
+    else if (event.type === "feedback.created") this.learning.saved(event);
     else if (event.type === "error") this.refused(event);
     else if (event.type.startsWith("response.")) this.replyEvent(event);
   }
@@ -394,9 +399,7 @@ export class App {
     else if (running && (key === running.create.event_id || event.stream_id)) {
       this.finish(running, () => running.reply.fail(code, message));
     } else {
-      const item = this.feedback.get(key);
-      this.feedback.delete(key);
-      if (item) this.touch(item);
+      this.learning.refused(key);
       this.toast(message, "bad");
     }
   }
@@ -437,7 +440,7 @@ export class App {
   private backOnline(): void {
     for (const running of this.running.values()) {
       const { reply, create } = running;
-      if (reply.responseId === null) this.transmit(running);
+      if (reply.responseId === null) this.request(running);
       else {
         this.wire?.send({
           type: "response.resume",
@@ -520,188 +523,6 @@ export class App {
     this.keepRunning();
   }
 
-  // ------------------------------------------------------------------ teaching
-
-  rate(item: ReplyItem, rating: Rating): void {
-    if (!item.id) return;
-    item.rating = item.rating === rating ? null : rating;
-    this.sendFeedback(item, { rating: item.rating });
-  }
-
-  correct(item: ReplyItem, text: string): void {
-    if (!item.id) return;
-    item.original = item.original ?? item.text;
-    item.text = text;
-    item.author = "person";
-    item.rating = null;
-    this.sendFeedback(item, { correction: text });
-  }
-
-  private sendFeedback(item: ReplyItem, what: { rating?: Rating | null; correction?: string }): void {
-    if (!item.id) return;
-    const id = newId("fb_");
-    this.feedback.set(id, item);
-    this.wire?.send({ type: "feedback.create", event_id: id, item_id: item.id, ...what });
-    this.touch(item);
-  }
-
-  private feedbackSaved(event: ServerEvent): void {
-    const item = this.feedback.get(event.event_id ?? "");
-    this.feedback.delete(event.event_id ?? "");
-    if (item && event.correction_id) {
-      item.id = event.correction_id;
-      this.toast("Saved. The next refresh learns from it.");
-    }
-    this.soon();
-  }
-
-  // ------------------------------------------------------------------ the adapter
-
-  async refresh(): Promise<void> {
-    const { state } = this;
-    if (state.refresh && !ended(state.refresh.stage)) return;
-    this.stage("queued", {});
-    try {
-      const { job_id: job } = await this.api.refresh();
-      if (job && this.state.refresh) this.state.refresh.job = job;
-    } catch (error) {
-      this.stage("failed", { reason: messageOf(error) });
-    }
-  }
-
-  private adapterEvent(event: ServerEvent): void {
-    switch (event.type) {
-      case "adapter.refresh.queued":
-        return this.stage("queued", { job: event.job_id ?? null });
-      case "adapter.refresh.progress":
-        return this.stage(event.state === "gating" ? "gating" : "training", { progress: event.progress ?? 0 });
-      case "adapter.refresh.completed": {
-        const from = event.from ?? this.state.me?.adapter.version ?? 0;
-        const to = event.to ?? from;
-        const published = event.published ?? to !== from;
-        this.stage("completed", { from, to, published, reason: event.reason ?? "", numbers: event.numbers ?? {} });
-        this.announce(published ? `Your adapter is now version ${to}.` : "No measurable change yet.");
-        break;
-      }
-      case "adapter.refresh.failed":
-        return this.stage("failed", { reason: event.message ?? event.error?.message ?? "The refresh failed." });
-      case "adapter.updated":
-        if (this.state.me && event.to !== undefined) {
-          this.state.me.adapter = { ...this.state.me.adapter, version: event.to, updated_at: new Date().toISOString() };
-          this.signals.raise("me");
-        }
-        break;
-      case "adapter.forgotten":
-        this.toast("Everything the service knew about you is gone.");
-        void this.enter(this.state.user);
-        return;
-    }
-    this.soon();
-  }
-
-  /** A refresh that began before the page was opened, or ended while the connection was away. */
-  private joinRefresh(told: Me["refresh"]): void {
-    const { refresh } = this.state;
-    const stage = told?.state;
-    const job = told?.job_id ?? null;
-    if (stage === "queued" || stage === "training" || stage === "gating") {
-      this.stage(stage, { job, ...(told?.progress === undefined ? {} : { progress: told.progress }) });
-    } else if ((stage === "completed" || stage === "failed") && refresh && !ended(refresh.stage) && refresh.job === job) {
-      this.adapterEvent({ ...told, type: `adapter.refresh.${stage}` });
-    }
-  }
-
-  private stage(stage: RefreshStage, change: Partial<NonNullable<State["refresh"]>>): void {
-    const before = this.state.refresh;
-    const fresh = !before || ended(before.stage);
-    this.state.refresh = {
-      job: fresh ? null : before.job,
-      progress: fresh ? 0 : before.progress,
-      startedAt: fresh ? Date.now() : before.startedAt,
-      from: this.state.me?.adapter.version ?? null,
-      to: null,
-      published: false,
-      reason: "",
-      numbers: {},
-      ...change,
-      stage,
-    };
-    this.signals.raise("refresh");
-  }
-
-  async loadPanel(): Promise<void> {
-    const api = this.api;
-    const [versions, learned] = await Promise.allSettled([api.versions(), api.learned()]);
-    if (api !== this.api) return;
-    const problem = [versions, learned].find((result) => result.status === "rejected");
-    this.state.panelProblem = problem && this.state.link !== "refused" ? messageOf(problem.reason) : "";
-    if (versions.status === "fulfilled") {
-      this.state.versions = versions.value.sort((a, b) => b.version - a.version);
-    }
-    if (learned.status === "fulfilled") this.state.learned = learned.value;
-    this.signals.raise("panel");
-  }
-
-  async rollback(version: number): Promise<void> {
-    await this.attempt(async () => {
-      await this.api.rollback(version);
-      if (this.state.me) this.state.me.adapter = { ...this.state.me.adapter, version };
-      this.signals.raise("me", "panel");
-      this.toast(version ? `${versionName(version)} answers from now on.` : "The bare base answers from now on.");
-    });
-  }
-
-  async unlearn(turnId: string): Promise<void> {
-    await this.attempt(async () => {
-      await this.api.unlearn(turnId);
-      this.state.learned = this.state.learned?.filter((turn) => turn.id !== turnId) ?? null;
-      this.signals.raise("panel");
-    });
-  }
-
-  // ------------------------------------------------------------------ the person's data
-
-  async import(file: File): Promise<ImportResult | null> {
-    let result: ImportResult | null = null;
-    await this.attempt(async () => {
-      result = await this.api.import(file);
-      await Promise.all([this.loadMe(), this.loadConversations(), this.loadPanel()]);
-    });
-    return result;
-  }
-
-  async export(): Promise<void> {
-    await this.attempt(async () => {
-      const url = URL.createObjectURL(await this.api.export());
-      const link = document.createElement("a");
-      link.href = url;
-      link.download = `attune-${this.state.user}.jsonl`;
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(url), 10_000);
-    });
-  }
-
-  async forget(): Promise<void> {
-    await this.attempt(async () => {
-      await this.api.forget();
-      const user = this.state.user;
-      for (const key of Object.keys(localStorage)) {
-        if (key.startsWith(`attune.draft.${user}.`) || key === `attune.score.${user}`) localStorage.removeItem(key);
-      }
-      history.replaceState(null, "", location.pathname);
-      await this.enter(user);
-      this.toast("Your history and every version of your adapter are gone.");
-    });
-  }
-
-  private async attempt(act: () => Promise<void>): Promise<void> {
-    try {
-      await act();
-    } catch (error) {
-      this.toast(messageOf(error), "bad");
-    }
-  }
-
   // ------------------------------------------------------------------ small things
 
   set(change: Partial<Pick<State, "panelOpen" | "drawerOpen" | "comparing" | "blind" | "search">>): void {
@@ -730,18 +551,10 @@ export class App {
   }
 
   /** Counts and lists change with nearly everything; ask for them once things have calmed down. */
-  private soon(): void {
+  soon(): void {
     clearTimeout(this.later);
-    this.later = window.setTimeout(() => void Promise.all([this.loadMe(), this.loadConversations(), this.loadPanel()]), 350);
+    this.later = window.setTimeout(() => void Promise.all([this.loadMe(), this.loadConversations(), this.learning.load()]), 350);
   }
-}
-
-export function ended(stage: RefreshStage): boolean {
-  return stage === "completed" || stage === "failed";
-}
-
-export function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
 }
 
 /** Seeds that survive JSON and every backend: 31 bits. */

@@ -65,8 +65,14 @@ export interface Refresh {
   from: number | null;
   to: number | null;
   published: boolean;
+  /** Why it failed, for the page: `not_enough_turns` is no fault. */
+  code: string;
   reason: string;
   numbers: Record<string, unknown>;
+}
+
+export function ended(stage: RefreshStage): boolean {
+  return stage === "completed" || stage === "failed";
 }
 
 export interface Toast {

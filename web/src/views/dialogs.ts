@@ -15,7 +15,7 @@ export function confirmForget(app: App): void {
       {
         attrs: { method: "dialog" },
         on: {
-          submit: () => void app.forget(),
+          submit: () => void app.learning.forget(),
         },
       },
       h("h2", { text: "Forget me", attrs: { id: "forget-title" } }),

@@ -42,8 +42,8 @@ export function replyView(app: App, item: ReplyItem): ItemView {
     icon("mark"),
     badgeText,
   );
-  const up = button({ class: "quiet", icon: "up", label: "Good reply: learn from it", press: () => app.rate(item, "up") });
-  const down = button({ class: "quiet", icon: "down", label: "Bad reply", press: () => app.rate(item, "down") });
+  const up = button({ class: "quiet", icon: "up", label: "Good reply: learn from it", press: () => app.learning.rate(item, "up") });
+  const down = button({ class: "quiet", icon: "down", label: "Bad reply", press: () => app.learning.rate(item, "down") });
   const correct = button({ class: "quiet", icon: "pen", label: "Correct this reply", press: () => openEditor() });
   const retry = button({ class: "quiet", icon: "retry", label: "Another reply", press: () => app.retry(item) });
   const copy = copyButton(() => item.text);
@@ -109,7 +109,7 @@ export function replyView(app: App, item: ReplyItem): ItemView {
     };
     const save = (): void => {
       const text = field.value.trim();
-      if (text && text !== item.text) app.correct(item, text);
+      if (text && text !== item.text) app.learning.correct(item, text);
       close();
     };
     field.addEventListener("keydown", (event) => {

@@ -1,10 +1,10 @@
 /** The person's adapter: which version answers, learning now, every version, what it learned from, and their data. */
 
-import { ended, type App } from "../app";
+import type { App } from "../app";
 import { button, h, icon, setAttr, setText } from "../dom";
 import { ago, day, figure, plural, shortTime, versionName, words } from "../format";
 import type { Turn, Version } from "../protocol";
-import type { Refresh } from "../state";
+import { ended, type Refresh } from "../state";
 import { confirmForget } from "./dialogs";
 
 export function panel(app: App): HTMLElement {
@@ -74,7 +74,7 @@ const STAGE_WORDS = { queued: "Queued", training: "Learning", gating: "Checking"
 
 function learning(app: App): HTMLElement {
   const caption = h("p", { class: "caption" });
-  const press = button({ class: "primary refresh", icon: "retry", label: "Refresh from my history", wide: true, press: () => void app.refresh() });
+  const press = button({ class: "primary refresh", icon: "retry", label: "Refresh from my history", wide: true, press: () => void app.learning.refresh() });
   const bar = h("div", {
     class: "progress",
     attrs: { role: "progressbar", "aria-label": "Refresh", "aria-valuemin": 0, "aria-valuemax": 100 },
@@ -99,7 +99,7 @@ function learning(app: App): HTMLElement {
         setAttr(step, "data-state", at < now ? "done" : at === now ? "now" : null);
       });
       if (!working) outcome.replaceChildren(...told(refresh));
-      setAttr(outcome, "data-tone", refresh.stage === "failed" ? "bad" : refresh.published ? "good" : "plain");
+      setAttr(outcome, "data-tone", refresh.stage === "failed" && refresh.code !== "not_enough_turns" ? "bad" : refresh.published ? "good" : "plain");
     }
     const fresh = me?.learned_since_refresh ?? 0;
     setText(
@@ -140,7 +140,10 @@ function elapsed(refresh: Refresh): string {
 }
 
 function told(refresh: Refresh): HTMLElement[] {
-  if (refresh.stage === "failed") return [h("b", { text: "The refresh failed" }), h("p", { text: refresh.reason })];
+  if (refresh.stage === "failed") {
+    const title = refresh.code === "not_enough_turns" ? "Not yet" : "The refresh failed";
+    return [h("b", { text: title }), h("p", { text: sentence(refresh.reason) })];
+  }
   const gain = gainOf(refresh.numbers);
   const plain = refresh.published ? "It does better on turns it had not seen." : "The version before stays.";
   return [
@@ -190,7 +193,7 @@ function problem(app: App): HTMLElement {
     { class: "problem", attrs: { role: "alert" } },
     icon("warn"),
     text,
-    button({ class: "plain", label: "Try again", wide: true, press: () => void app.loadPanel() }),
+    button({ class: "plain", label: "Try again", wide: true, press: () => void app.learning.load() }),
   );
   const update = (): void => {
     setText(text, app.state.panelProblem);
@@ -238,7 +241,7 @@ function versionRow(app: App, one: Version, serving: number): HTMLElement {
       current
         ? h("span", { class: "tag", text: "answers now" })
         : one.accepted
-          ? button({ class: "plain", icon: "back", label: one.version > serving ? "Use this" : "Go back to this", wide: true, press: () => void app.rollback(one.version) })
+          ? button({ class: "plain", icon: "back", label: one.version > serving ? "Use this" : "Go back to this", wide: true, press: () => void app.learning.rollback(one.version) })
           : h("span", { class: "tag still", text: "not published" }),
     ),
     h("p", { text: facts.filter(Boolean).join(" · ") }),
@@ -293,7 +296,7 @@ function learnedRow(app: App, turn: Turn): HTMLElement {
     "li",
     {},
     h("div", {}, h("small", { text: `${what} · ${day(turn.at)}` }), h("p", { text: turn.text })),
-    button({ class: "quiet", icon: "close", label: "Do not learn from this", press: () => void app.unlearn(turn.id) }),
+    button({ class: "quiet", icon: "close", label: "Do not learn from this", press: () => void app.learning.unlearn(turn.id) }),
   );
 }
 
@@ -312,7 +315,7 @@ function data(app: App): HTMLElement {
     told.hidden = false;
     setAttr(told, "data-tone", "plain");
     told.replaceChildren(h("b", { text: `Reading ${chosen.name}…` }));
-    const result = await app.import(chosen);
+    const result = await app.learning.import(chosen);
     file.value = "";
     if (!result) {
       told.hidden = true;
@@ -335,7 +338,7 @@ function data(app: App): HTMLElement {
       { class: "column" },
       file,
       button({ class: "plain line", icon: "upload", label: "Import a history", wide: true, press: () => file.click() }),
-      button({ class: "plain line", icon: "download", label: "Export everything", wide: true, press: () => void app.export() }),
+      button({ class: "plain line", icon: "download", label: "Export everything", wide: true, press: () => void app.learning.export() }),
       button({ class: "plain line bad", icon: "bin", label: "Forget me", wide: true, press: () => confirmForget(app) }),
     ),
     told,

@@ -3,6 +3,7 @@
 import type { App } from "../app";
 import { button, h, icon, remember, setAttr, setText } from "../dom";
 import { versionName } from "../format";
+import { ended } from "../state";
 
 export function topbar(app: App): HTMLElement {
   const title = h("h1", { class: "title" });
@@ -75,7 +76,7 @@ export function topbar(app: App): HTMLElement {
 
   function showChip(): void {
     const version = app.state.me?.adapter.version;
-    const working = app.state.refresh && !["completed", "failed"].includes(app.state.refresh.stage);
+    const working = app.state.refresh && !ended(app.state.refresh.stage);
     setText(chipText, version === undefined ? "Adapter" : version ? versionName(version) : "base");
     setAttr(chip, "aria-expanded", String(app.state.panelOpen));
     setAttr(chip, "data-working", Boolean(working));
