@@ -3,6 +3,7 @@
 from kernels.reference import (
     RANK_TILE,
     PackedLinear,
+    PackedNorm,
     attend_one,
     gated_activation,
     lane_attention,
@@ -12,6 +13,7 @@ from kernels.reference import (
     rope_angles,
     rotary,
     write_kv,
+    write_kv_all_layers,
 )
 
 # Another package on the public index is called `kernels`; transformers asks for its version
@@ -21,6 +23,7 @@ __version__ = "0.0.0"
 __all__ = [
     "RANK_TILE",
     "PackedLinear",
+    "PackedNorm",
     "attend_one",
     "gated_activation",
     "lane_attention",
@@ -30,4 +33,5 @@ __all__ = [
     "rope_angles",
     "rotary",
     "write_kv",
+    "write_kv_all_layers",
 ]
