@@ -202,7 +202,7 @@ class PackedLinear:
         self._half = None
         self._full = None
         fits_half = torch.equal(self._weight.half().float(), self._weight)
-        if fits_half and hasattr(torch.ops.quantized, "linear_dynamic_fp16"):
+        if fits_half and torch.backends.quantized.engine in ("x86", "fbgemm"):
             self._half = torch.ops.quantized.linear_prepack_fp16(self._weight, self._bias)
         else:
             self._full = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, self._PACKED_FOR_ROWS)
