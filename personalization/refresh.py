@@ -39,7 +39,8 @@ class RefreshPolicy:
     auto_after      new turns that start a refresh by themselves; 0: never
     gate_fraction   of the newest turns, held out for the gate
     gate_tokens     of a gate row, most of it the context before the turns that are judged
-    row_tokens      most tokens of a training row
+    row_tokens      most tokens of a training row: whole conversations, as an adapter adds to their context
+    most_turns      the newest turns that are trained on; further back a history pays less than it costs
     replay          tokens of older turns trained with each token of new ones, when a version is carried on
     """
 
@@ -47,7 +48,8 @@ class RefreshPolicy:
     auto_after: int = 50
     gate_fraction: float = 0.1
     gate_tokens: int = 1024
-    row_tokens: int = 64
+    row_tokens: int = 512
+    most_turns: int = 400
     replay: float = 1.0
     recipe: Recipe = field(default_factory=Recipe)
     gate: GatePolicy = field(default_factory=GatePolicy)
@@ -244,7 +246,8 @@ def choose(
         gate_context_tokens=gate_tokens * 3 // 4,
         gate_fraction=policy.gate_fraction,
     )
-    old, new = _by_age(turns, set(whole.train_turns), _seen(records, serving))
+    trained = whole.train_turns[-policy.most_turns :]
+    old, new = _by_age(turns, set(trained), _seen(records, serving))
     train = _rows(new, renderer, policy)
     room = policy.replay * sum(len(row.token_ids) for row in train)
     replayed = _rows(old, renderer, policy) if room else []
@@ -254,7 +257,7 @@ def choose(
             break
         room -= len(row.token_ids)
         train.append(row)
-    return Lesson(train, whole.gate, whole.train_turns, (*whole.train_turns, *whole.gate_turns))
+    return Lesson(train, whole.gate, trained, (*whole.train_turns, *whole.gate_turns))
 
 
 def _seen(records: Sequence[VersionRecord], serving: int) -> set[str]:

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -299,9 +300,12 @@ def _pipes() -> tuple[Callable[[], dict[str, Any] | None], Callable[[dict[str, A
         )
         return message
 
+    sending = threading.Lock()  # progress comes from the threads that train
+
     def send(message: dict[str, Any]) -> None:
-        target.write(_frame(message))
-        target.flush()
+        with sending:
+            target.write(_frame(message))
+            target.flush()
 
     return receive, send
 

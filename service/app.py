@@ -121,15 +121,33 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def running(self, app: Starlette) -> AsyncIterator[None]:
         """The app's life: news from the store reach the sockets."""
-        news = asyncio.create_task(self._hear_news(), name="news")
+        tasks = [
+            asyncio.create_task(self._hear_news(), name="news"),
+            asyncio.create_task(self._look_for_orphans(), name="orphans"),
+        ]
         try:
             yield
         finally:
-            self.sockets.tell_all(SessionExpiring(reason="shutdown", seconds=0))
-            news.cancel()
-            await asyncio.gather(news, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self.replies.close()
             await self.health.close()
+
+    async def announce_shutdown(self) -> None:
+        """Tell every socket; they are closed right after."""
+        self.sockets.tell_all(SessionExpiring(reason="shutdown", seconds=0))
+        await asyncio.sleep(0.05)
+
+    async def _look_for_orphans(self) -> None:
+        while True:
+            await asyncio.sleep(2 * self.deps.options.patience.lease)
+            try:
+                await self.replies.adopt_orphans()
+            except StoreUnavailable:
+                await self.health.back(60)
+            except Exception:
+                log.exception("orphaned replies could not be taken over")
 
     async def _hear_news(self) -> None:
         while True:

@@ -1,5 +1,6 @@
 """Our own HTTP endpoints, for the page and for scripts: a person's adapter, history and what was learned."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -64,7 +65,7 @@ class AttuneApi:
             Route("/attune/me", self.me, methods=["GET"]),
             Route("/attune/me", self.forget, methods=["DELETE"]),
             Route("/attune/conversations", self.conversations, methods=["GET"]),
-            Route("/attune/conversations/{conversation}", self.conversation, methods=["GET"]),
+            Route("/attune/conversations/{conversation:path}", self.conversation, methods=["GET"]),
             Route("/attune/versions", self.versions, methods=["GET"]),
             Route("/attune/rollback", self.rollback, methods=["POST"]),
             Route("/attune/refresh", self.refresh, methods=["POST"]),
@@ -160,7 +161,7 @@ class AttuneApi:
         user = (await self._door.person(request)).user
         body = await read_limited(request, MAX_IMPORT_BYTES)
         now = datetime.fromtimestamp(self._services.clock(), UTC)
-        parsed = parse(body.splitlines(), not_after=now + CLOCK_SKEW)
+        parsed = await asyncio.to_thread(parse, body.splitlines(), not_after=now + CLOCK_SKEW)
         turns = parsed.turns.get(user, [])
         foreign = sum(len(others) for name, others in parsed.turns.items() if name != user)
         errors = [{"line": error.number, "message": error.message} for error in parsed.errors]

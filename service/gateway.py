@@ -48,6 +48,7 @@ def server_config(app: Starlette, **changes: Any) -> uvicorn.Config:
         "ws_ping_timeout": 20.0,
         "log_config": None,
         "access_log": False,
+        "log_level": "warning",
         "server_header": False,
         "timeout_graceful_shutdown": 5,
     }
@@ -61,6 +62,7 @@ async def serve(app: Starlette, **where: Any) -> None:
     try:
         await asyncio.shield(serving)
     except asyncio.CancelledError:
+        await app.state.gateway.announce_shutdown()
         server.should_exit = True
         await serving
         raise

@@ -18,7 +18,7 @@ from engine.request import (
     Usage,
 )
 from service.metrics import Metrics
-from service.replies import Plan, Reply
+from service.reply import Plan, Reply
 from service.writing import Writing, timing_numbers
 
 log = structlog.get_logger(__name__)

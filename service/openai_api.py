@@ -17,7 +17,8 @@ from service.events import Response as ReplyObject
 from service.http import Door, as_api_error, event_stream, json_response, read_json, sse
 from service.input import chat_conversation, refuse_tools, said_in_chat, said_in_response
 from service.protocol import CreateChatCompletion, CreateResponse, conversation_of, parse_model
-from service.replies import Replies, Reply
+from service.replies import Replies
+from service.reply import Reply
 from service.session import Session
 
 DONE = b"[DONE]"

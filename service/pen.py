@@ -3,7 +3,8 @@
 import asyncio
 from types import TracebackType
 
-from service.replies import Replies, Reply
+from service.replies import Replies
+from service.reply import Reply
 from service.writing import Writing
 
 

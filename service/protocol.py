@@ -27,7 +27,6 @@ MALFORMED, NOT_AUTHENTICATED, FORBIDDEN, TOO_MANY = 4400, 4401, 4403, 4429
 
 T = TypeVar("T")
 _MODEL = re.compile(r"me(?:@v?(\d{1,9}))?", re.ASCII)
-_CONVERSATION = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
 
 
 class MalformedFrame(ValueError):
@@ -255,11 +254,11 @@ def text_of(content: Any, param: str) -> str:
 
 
 def conversation_of(asked: str | ConversationRef | None) -> str | None:
+    """The conversation's name; imported ones may be called anything printable. Raises BadRequest."""
     name = asked.id if isinstance(asked, ConversationRef) else asked
-    if name is not None and not _CONVERSATION.fullmatch(name):
+    if name is not None and not (1 <= len(name) <= 256 and name.isprintable() and name.strip()):
         raise BadRequest(
-            f"conversation: expected 1 to 128 letters, digits or _ . : @ -, got {name!r:.160}",
-            param="conversation",
+            f"conversation: expected 1 to 256 printable characters, got {name!r:.160}", param="conversation"
         )
     return name
 

@@ -8,173 +8,29 @@ depends on (seed, index) alone, so the text continues as if nothing had happened
 
 import asyncio
 import contextlib
-import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import structlog
 
-from personalization.store import EventsExpired, LeaseLost, Store, StoreUnavailable, UnknownResponse
-from service.errors import Conflict, NotFound, RateLimited, Unavailable
-from service.events import (
-    TERMINAL,
-    AnyReplyEvent,
-    Created,
-    InProgress,
-    Response,
-    TextDelta,
-    json_bytes,
-    read_reply_event,
+from personalization.store import (
+    EventsExpired,
+    HistoryForgotten,
+    LeaseLost,
+    ResponseRecord,
+    Store,
+    StoreUnavailable,
+    UnknownResponse,
 )
+from service.errors import Conflict, NotFound, RateLimited, ServerFault, Unavailable
+from service.events import AnyReplyEvent
 from service.metrics import Metrics
+from service.reply import Plan, Reply, read_entry
 from service.store_health import StoreHealth
 
 log = structlog.get_logger(__name__)
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is needed to write a reply, or to write the rest of it somewhere else."""
-
-    id: str
-    user: str
-    epoch: int | None  # of the person's history; None when the store was away
-    model: str  # as asked: base, me, me@3
-    version: int  # the adapter version it begins on; 0 is the bare base
-    conversation: str
-    item_id: str  # of the assistant's turn
-    user_turn_id: str | None
-    created_at: float
-    prompt: tuple[int, ...]
-    history_turns: int
-    truncated: bool
-    seed: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    max_tokens: int
-    stop: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    save: bool  # append the reply to the person's history
-    saved: bool  # the person's own turn is in their history
-    background: bool = False
-    instructions: str | None = None
-    previous_response_id: str | None = None
-    metadata: dict[str, str] = msgspec.field(default_factory=dict)
-    fingerprint: str = ""  # of the request, so that one event_id cannot mean two things
-    notice: str | None = None
-
-
-def fingerprint(asked: msgspec.Struct) -> str:
-    return hashlib.sha256(json_bytes(asked)).hexdigest()
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """One event of the log, and the tokens that arrived with it."""
-
-    event: AnyReplyEvent
-    tokens: tuple[int, ...] = ()
-
-    def stored(self) -> bytes:
-        return msgspec.msgpack.encode((json_bytes(self.event), self.tokens))
-
-
-def read_entry(data: bytes) -> Entry:
-    event, tokens = msgspec.msgpack.decode(data, type=tuple[bytes, tuple[int, ...]])
-    return Entry(read_reply_event(event), tokens)
-
-
-class Reply:
-    """The log of one reply, as far as this process knows it, and whoever listens to it here."""
-
-    def __init__(self, plan: Plan, entries: Sequence[Entry] = (), *, stored: int | None = 0) -> None:
-        self.plan = plan
-        self.entries = list(entries)
-        self.stored = stored  # how many of them the store has; None: it does not know this reply
-        self.lost = False  # its log is gone from the store before its end was seen
-        self.listeners = 0
-        self.acknowledged = -1
-        self.cancelled: asyncio.Event = asyncio.Event()
-        self.cancel_reason = "cancelled"
-        self.running = False  # it is this process that writes it
-        self._news = asyncio.Event()
-        self._left: Callable[[Reply], None] = lambda reply: None
-
-    @property
-    def id(self) -> str:
-        return self.plan.id
-
-    @property
-    def done(self) -> bool:
-        return bool(self.entries) and isinstance(self.entries[-1].event, TERMINAL)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Everything generated, as far as the log goes."""
-        return tuple(token for entry in self.entries for token in entry.tokens)
-
-    @property
-    def text(self) -> str:
-        return "".join(entry.event.delta for entry in self.entries if isinstance(entry.event, TextDelta))
-
-    @property
-    def response(self) -> Response | None:
-        """The newest picture of the whole reply; None before it was created."""
-        for entry in reversed(self.entries):
-            if isinstance(entry.event, (Created, InProgress, *TERMINAL)):
-                return entry.event.response
-        return None
-
-    def cancel(self, reason: str) -> None:
-        if not self.cancelled.is_set():
-            self.cancel_reason = reason
-            self.cancelled.set()
-
-    def number(self, events: Sequence[AnyReplyEvent], tokens: tuple[int, ...]) -> list[Entry]:
-        """The events as the next entries of the log; the tokens go with the first."""
-        for at, event in enumerate(events, start=len(self.entries)):
-            event.response_id, event.sequence_number = self.id, at
-        return [Entry(event, tokens if at == 0 else ()) for at, event in enumerate(events)]
-
-    def lose(self) -> None:
-        self.lost = True
-        self._news.set()
-
-    def feed(self, entries: Sequence[Entry]) -> None:
-        """Add to the log and wake everyone who listens."""
-        self.entries.extend(entries)
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def events(self, after: int = -1) -> AsyncGenerator[AnyReplyEvent, None]:
-        """The events numbered above `after`, those there are and those to come, to the last. Raises
-        NotFound."""
-        at = max(0, after + 1)
-        self.listeners += 1
-        try:
-            while True:
-                news = self._news
-                while at < len(self.entries):
-                    yield self.entries[at].event
-                    at += 1
-                if self.done:
-                    return
-                if self.lost:
-                    raise NotFound(f"the log of {self.id} is no longer kept", code="resume_expired")
-                await news.wait()
-        finally:
-            self.listeners -= 1
-            self._left(self)
-
-    async def finished(self) -> Response:
-        """The whole reply, when it is."""
-        async for _ in self.events(len(self.entries) - 1):
-            pass
-        response = self.response
-        assert response is not None
-        return response
 
 
 @dataclass(frozen=True)
@@ -183,11 +39,12 @@ class Patience:
 
     orphan: float = 120.0  # a reply nobody listens to goes on this long
     keep: float = 30.0  # a finished reply stays in memory this long
-    lease: float = 5.0  # after this a dead gateway's reply may be taken over
+    lease: float = 3.0  # after this a dead gateway's reply may be taken over
     follow: float = 0.1  # between looks at a reply that another gateway writes
     ttl: float = 6 * 3600.0  # how long a reply can be resumed or fetched
 
 
+RUNNING = "running"  # a record's state until its reply is finished
 Speak = Callable[["Reply", "Replies"], Awaitable[None]]
 
 
@@ -205,7 +62,7 @@ class Replies:
     _replies: dict[str, Reply] = field(default_factory=dict)
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    _running: Counter[str] = field(default_factory=Counter)
+    _asking: Counter[str] = field(default_factory=Counter)  # by person: replies not yet begun
 
     # ------------------------------------------------------------ asking
 
@@ -214,10 +71,20 @@ class Replies:
         reply = self._replies.get(reply_id)
         return None if reply is None else _checked(reply, user, same_as)
 
-    def check_room(self, user: str) -> None:
-        """Raises RateLimited when the person already has as many replies as they may at once."""
-        if self._running[user] >= self.per_user:
+    @contextlib.contextmanager
+    def room(self, user: str) -> Iterator[None]:
+        """Holds a person's place for one more reply while it is begun. Raises RateLimited: they have as many
+        as they may at once."""
+        under_way = sum(reply.plan.user == user and not reply.done for reply in self._replies.values())
+        if under_way + self._asking[user] >= self.per_user:
             raise RateLimited(f"at most {self.per_user} replies at once", retry_after=2)
+        self._asking[user] += 1
+        try:
+            yield
+        finally:
+            self._asking[user] -= 1
+            if not self._asking[user]:
+                del self._asking[user]
 
     async def start(self, plan: Plan) -> Reply:
         """Begin a reply; or the one that the same request began before. Raises Conflict, HistoryForgotten.
@@ -283,6 +150,23 @@ class Replies:
         if reply.done and reply.listeners == 0 and reply.acknowledged >= len(reply.entries) - 1:
             self._drop(reply)
 
+    async def adopt_orphans(self) -> int:
+        """Take over every reply whose gateway died, asked for or not: what a person was promised is written
+        and saved even if they never come back for it. Returns how many. Raises StoreUnavailable."""
+        adopted = 0
+        for reply_id in await self.health.ask(self.store.orphans):
+            if reply_id in self._replies:
+                continue
+            with contextlib.suppress(UnknownResponse, EventsExpired):  # it ended meanwhile
+                record = await self.store.adopt_response(
+                    reply_id, holder=self.holder, lease_s=self.patience.lease
+                )
+                read = await self.store.read_response_events(reply_id)
+                if record is not None and reply_id not in self._replies:
+                    self._take_up(record, read)
+                    adopted += 1
+        return adopted
+
     async def close(self) -> None:
         """Stop writing. The logs stay; whoever is asked next goes on from them."""
         for timer in self._timers.values():
@@ -319,7 +203,7 @@ class Replies:
     # ------------------------------------------------------------ one task per reply
 
     def _own(self, reply: Reply) -> Reply:
-        reply._left = self._watch
+        reply.on_left = self._watch
         self._replies[reply.id] = reply
         task = asyncio.create_task(self._drive(reply), name=f"reply {reply.id}")
         self._tasks[reply.id] = task
@@ -337,13 +221,11 @@ class Replies:
                     await self._follow(reply)
         except Exception:
             log.exception("reply failed", response_id=reply.id)
-            reply.lose()
+            reply.lose(ServerFault("an internal error; the reply was given up"))
         self._watch(reply)
 
     async def _write_all(self, reply: Reply) -> None:
-        user = reply.plan.user
         reply.running = True
-        self._running[user] += 1
         self.metrics.running.inc()
         if reply.entries:
             self.metrics.adopted.inc()
@@ -353,14 +235,12 @@ class Replies:
             await self._finish(reply)
         except LeaseLost:
             log.warning("another gateway took over a reply", response_id=reply.id)
-        except UnknownResponse:  # its owner was forgotten
-            reply.lose()
+        except (UnknownResponse, HistoryForgotten):
+            reply.lose(_gone(reply.id))  # its person was forgotten meanwhile
         finally:
             renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
             self.metrics.running.dec()
-            self._running[user] -= 1
-            if not self._running[user]:
-                del self._running[user]
             reply.running = False
 
     async def _finish(self, reply: Reply, ttl_s: float | None = None) -> None:
@@ -416,10 +296,23 @@ class Replies:
             await self.health.back(self.patience.orphan)
             return
         except (UnknownResponse, EventsExpired):
-            reply.lose()
+            reply.lose(_gone(reply.id))
             return
         reply.stored = len(reply.entries) + len(read)
         reply.feed([read_entry(data) for _, data in read])
+        if not read and not await self._still_running(reply):
+            reply.lose(_gone(reply.id))
+
+    async def _still_running(self, reply: Reply) -> bool:
+        """Whether anyone will ever add to the log of a reply that is not ours."""
+        try:
+            record = await self.health.ask(lambda: self.store.response(reply.plan.user, reply.id))
+            ended = record.state != RUNNING
+            return not ended or bool(await self.store.read_response_events(reply.id, len(reply.entries) - 1))
+        except StoreUnavailable:
+            return True
+        except (UnknownResponse, EventsExpired):
+            return False
 
     async def _load(self, user: str, reply_id: str) -> Reply:
         """A reply this process does not have: finished, orphaned, or written by another."""
@@ -429,16 +322,17 @@ class Replies:
         except UnknownResponse:
             raise NotFound(f"no response {reply_id!r:.80}", code="response_not_found") from None
         except EventsExpired:
-            raise NotFound(f"the log of {reply_id!r:.80} is no longer kept", code="resume_expired") from None
+            raise _gone(reply_id) from None
         except StoreUnavailable:
             raise Unavailable(
                 "stored replies cannot be reached", code="store_unavailable", retry_after=2
             ) from None
-        if reply_id not in self._replies:  # else someone else loaded it meanwhile
-            plan = msgspec.msgpack.decode(record.body, type=Plan)
-            entries = [read_entry(data) for _, data in read]
-            self._own(Reply(plan, entries, stored=len(entries)))
-        return self._replies[reply_id]
+        return self._replies.get(reply_id) or self._take_up(record, read)  # or someone loaded it meanwhile
+
+    def _take_up(self, record: ResponseRecord, read: Sequence[tuple[int, bytes]]) -> Reply:
+        plan = msgspec.msgpack.decode(record.body, type=Plan)
+        entries = [read_entry(data) for _, data in read]
+        return self._own(Reply(plan, entries, stored=len(entries)))
 
     # ------------------------------------------------------------ when nobody listens
 
@@ -473,8 +367,12 @@ class Replies:
         if timer is not None:
             timer.cancel()
         task = self._tasks.get(reply.id)
-        if task is not None and task is not asyncio.current_task():
+        if task is not None and task is not asyncio.current_task() and not reply.done:
             task.cancel()
+
+
+def _gone(reply_id: str) -> NotFound:
+    return NotFound(f"the log of {reply_id!r:.80} is no longer kept", code="resume_expired")
 
 
 def _checked(reply: Reply, user: str, same_as: str | None) -> Reply:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from engine.client import EngineClient, EngineLost
+from engine.client import EngineClient, EngineError, EngineLost
 from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingParams
 from personalization.history import Turn
 from personalization.prompt import Prompt, PromptTooLong, Renderer
@@ -27,7 +27,8 @@ from service.input import Said, brought_turns, checked_turn
 from service.metrics import Metrics
 from service.pen import Pen
 from service.protocol import CreateChatCompletion, CreateResponse, ModelName, parse_model
-from service.replies import Plan, Replies, Reply, fingerprint
+from service.replies import Replies
+from service.reply import Plan, Reply, fingerprint
 from service.store_health import StoreHealth
 from service.writing import Ending, Writing
 
@@ -90,30 +91,49 @@ class Session:
         stored are not read. `key` is the idempotency key: the same one again gives the reply it began.
         Raises ApiError.
         """
-        mark = fingerprint(asked)
         name = self._reply_name(user, key)
-        begun = self.replies.here(user, f"resp_{name}", mark)
+        begun = self.replies.here(user, f"resp_{name}", fingerprint(asked))
         if begun is not None:
             return begun
-        self.replies.check_room(user)
+        with self.replies.room(user):
+            plan = await self._plan(user, asked, said, conversation, name, stored_turns=stored_turns)
+            try:
+                return await self.replies.start(plan)
+            except HistoryForgotten:
+                raise Conflict("your history was forgotten while this was being asked") from None
+
+    async def _plan(
+        self,
+        user: str,
+        asked: CreateResponse | CreateChatCompletion,
+        said: Said,
+        conversation: str | None,
+        name: str,
+        *,
+        stored_turns: bool,
+    ) -> Plan:
+        """Everything of a reply but its text. First what can be refused, last the person's turn is saved."""
         model = parse_model(asked.model)
         if model is None:
             raise ModelNotFound(asked.model)
+        stop = (*_stops(asked.stop), *self.renderer.stop_strings)
+        metadata = _checked_metadata(asked.metadata)
+        sampling = self._sampling(asked)
 
         recalled, read = await self._recall(user)
         version = await self._version(user, model, asked.model, recalled.pointer)
-        where = conversation or f"conv_{self.new_id()}"
+        where = conversation or f"conv_{name}"
         now = datetime.fromtimestamp(self.clock(), UTC)
         current = await self._conversation(user, where, recalled, new=not (conversation and stored_turns))
         current, turn = _with_message(current, said, where, now, turn_id=f"turn_{name}")
         history = [turn for turn in recalled.turns if turn.conversation != where]
-        sampling = self._sampling(asked)
         prompt = await self._prompt(history, current, said, sampling.max_tokens)
 
         save = asked.store is not False
         epoch = recalled.pointer.epoch if read else None
         saved = turn is None or not save or await self._save(user, turn, epoch)
-        plan = Plan(
+        notices = [text for text, true in ((NOT_READ, not read), (NOT_SAVED, not saved)) if true]
+        return Plan(
             id=f"resp_{name}",
             user=user,
             epoch=epoch,
@@ -132,24 +152,17 @@ class Session:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
-            stop=(*_stops(asked.stop), *self.renderer.stop_strings),
+            stop=stop,
             stop_token_ids=self.renderer.eos_token_ids,
             save=save,
             saved=saved and save,
             background=bool(getattr(asked, "background", False)),
             instructions=said.instructions,
             previous_response_id=getattr(asked, "previous_response_id", None),
-            metadata=_checked_metadata(asked.metadata),
-            fingerprint=mark,
-            notice="; ".join(
-                notice for notice, true in ((NOT_READ, not read), (NOT_SAVED, not saved)) if true
-            )
-            or None,
+            metadata=metadata,
+            fingerprint=fingerprint(asked),
+            notice="; ".join(notices) or None,
         )
-        try:
-            return await self.replies.start(plan)
-        except HistoryForgotten:
-            raise Conflict("your history was forgotten while this was being asked") from None
 
     async def pointer(self, user: str) -> Pointer:
         """Where the person's adapter stands, as far as can be told."""
@@ -183,8 +196,13 @@ class Session:
         )
         if not reply.entries:
             await replies.write(reply, writing.opening())
-        finished = await self._listen(generation, writing, reply, replies)
-        ending = Ending.of(finished, stopped=writing.stopped, cancel_reason=reply.cancel_reason)
+        try:
+            finished = await self._listen(generation, writing, reply, replies)
+            ending = Ending.of(finished, stopped=writing.stopped, cancel_reason=reply.cancel_reason)
+        except (EngineError, ValueError) as error:
+            log.exception("a reply could not be written", response_id=reply.id)
+            finished = generation.stopped_here()
+            ending = Ending.failed(getattr(error, "code", "server_error"), "the engine refused this reply")
         if plan.save and ending.status != "failed" and writing.text.strip():
             writing.history_saved = await self._save(plan.user, self._reply_turn(writing), plan.epoch)
             if not writing.history_saved and NOT_SAVED not in writing.notices:
@@ -378,7 +396,8 @@ def _with_message(
 ) -> tuple[list[Turn], Turn | None]:
     """The conversation to reply to, and the person's new turn in it. Without a new message it ends at their
     last one, whatever was replied to that before. Raises BadRequest."""
-    turns = [*stored, *brought_turns(said, conversation, now)]
+    # A request that is sent again after a crash finds its own turn saved already.
+    turns = [turn for turn in stored if turn.id != turn_id] + brought_turns(said, conversation, now)
     if said.text is not None:
         turn = checked_turn(
             id=turn_id, conversation=conversation, at=now, role="user", text=said.text, author="person"

@@ -35,7 +35,8 @@ from service.limits import RateLimits
 from service.metrics import Metrics
 from service.outbox import Outbox, OutboxFull
 from service.protocol import Codec, MalformedFrame, conversation_of
-from service.replies import Replies, Reply
+from service.replies import Replies
+from service.reply import Reply
 from service.session import Session
 from service.uvicorn_protocol import ABORT
 
@@ -346,6 +347,8 @@ class Socket:
     def _stopped_listening(self, reply_id: str, task: asyncio.Task[None]) -> None:
         if self._listening.get(reply_id) is task:
             del self._listening[reply_id]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a reply could not be forwarded", response_id=reply_id, exc_info=task.exception())
 
     async def _forward(self, reply: Reply, after: int, stream_id: str | None) -> None:
         """Events that are there already wait for room in the outbox; live ones do not wait for anyone."""

@@ -27,7 +27,7 @@ from service.events import (
     TextDelta,
     TextDone,
 )
-from service.replies import Plan, Reply
+from service.reply import Plan, Reply
 from service.stops import StopText
 
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 import websockets
 
+from personalization.history import Turn
 from personalization.store import Store, connect
 from service.session import NOT_SAVED, SessionOptions
 from tests.redis_fixture import SECRET, RedisServer
@@ -59,6 +60,16 @@ async def gateway_process(service: TinyService, redis_url: str) -> AsyncIterator
             process.kill()
         await process.wait()
         process._transport.close()  # type: ignore[attr-defined]
+
+
+async def saved(service: TinyService, count: int) -> list[Turn]:
+    """Ann's turns, once there are that many."""
+    async with asyncio.timeout(30):
+        while True:
+            turns = await service.store.turns("ann")
+            if len(turns) >= count:
+                return turns
+            await asyncio.sleep(0.1)
 
 
 # ---------------------------------------------------------------- the gateway
@@ -119,6 +130,24 @@ async def test_two_gateways_that_are_asked_for_an_orphan_write_it_once(
         first, second = await asyncio.gather(rest(one), rest(two))
         assert first == second
         assert first[-1]["response"]["output"][0]["content"][0]["text"] == expected
+
+
+async def test_an_orphan_is_written_and_saved_though_nobody_asks_for_it(
+    service: TinyService, redis_url: str
+) -> None:
+    expected = await alone(service, "hello")
+    async with service.gateway() as other:
+        async with gateway_process(service, redis_url) as (process, port):
+            url = f"ws://127.0.0.1:{port}/v1/responses"
+            async with websockets.connect(url, additional_headers=other.headers("ann")) as connection:
+                create = {
+                    "type": "response.create", "input": "hello", "model": "base", "seed": 1,
+                    "max_output_tokens": LONG,
+                }  # fmt: skip
+                await connection.send(json.dumps(create))
+                await connection.recv()
+                process.send_signal(signal.SIGKILL)
+        assert [turn.text for turn in await saved(service, 2)] == ["hello", expected]
 
 
 async def test_a_gateway_follows_what_another_writes(service: TinyService) -> None:
@@ -333,48 +362,62 @@ async def test_enough_new_turns_ask_for_a_refresh(service: TinyService) -> None:
 # ---------------------------------------------------------------- clients
 
 
-async def test_a_client_that_stops_reading_is_dropped_and_its_reply_is_not(service: TinyService) -> None:
-    async with service.gateway() as gateway:
-        raw = socket.socket()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.connect(("127.0.0.1", gateway.port))
-        connection = await websockets.connect(
-            gateway.socket_url,
-            sock=raw,
-            subprotocols=["attune.v1.json"],
-            additional_headers=gateway.headers("ann"),
-            max_queue=1,
-        )
-        await connection.send(
-            json.dumps({"type": "response.create", "input": "x", "max_output_tokens": LONG})
-        )
-        metrics = gateway.gateway.metrics
-        for _ in range(200):
-            gateway.gateway.sockets.tell("ann", {"type": "adapter.updated", "padding": "x" * 100_000})
-            await asyncio.sleep(0.01)
-            if metrics.sockets._value.get() == 0:
-                break
-        assert metrics.sockets._value.get() == 0
-        assert metrics.sockets_closed.labels(code="1013")._value.get() == 1
-        (reply,) = gateway.gateway.replies._replies.values()
-        assert len((await reply.finished()).output[0].content[0].text) == LONG
+@asynccontextmanager
+async def sleeper(gateway: Running) -> AsyncIterator[None]:
+    """A client of ann's that opens a socket, asks for a long reply and reads nothing of it."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", gateway.port))
+    connection = await websockets.connect(
+        gateway.socket_url,
+        sock=raw,
+        subprotocols=["attune.v1.json"],
+        additional_headers=gateway.headers("ann"),
+        max_queue=1,
+        ping_interval=None,
+    )
+    create = {"type": "response.create", "input": "x", "max_output_tokens": LONG}
+    await connection.send(json.dumps(create))
+    try:
+        yield
+    finally:
         connection.transport.abort()
 
 
-async def test_a_client_that_does_not_answer_pings_is_let_go(service: TinyService) -> None:
-    pings = {"ws_ping_interval": 0.2, "ws_ping_timeout": 0.2}
-    async with service.gateway(server=pings) as gateway:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        lines = [
-            "GET /v1/responses HTTP/1.1", f"Host: 127.0.0.1:{gateway.port}", "Upgrade: websocket",
-            "Connection: Upgrade", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version: 13",
-            f"Authorization: {gateway.headers('ann')['authorization']}", "", "",
-        ]  # fmt: skip
-        writer.write("\r\n".join(lines).encode())
-        assert b"101" in await reader.readline()
-        assert await asyncio.wait_for(reader.read(), 5)
-        assert gateway.gateway.metrics.sockets._value.get() == 0
-        writer.close()
+def pad(gateway: Running) -> None:
+    """Something large for ann's sockets."""
+    gateway.gateway.sockets.tell("ann", {"type": "adapter.updated", "padding": "x" * 100_000})
+
+
+async def gone(gateway: Running) -> None:
+    """Returns when no socket is left."""
+    async with asyncio.timeout(5):
+        while gateway.gateway.metrics.sockets._value.get():
+            await asyncio.sleep(0.05)
+            assert not gateway.server.should_exit
+
+
+async def test_a_client_that_stops_reading_is_dropped_and_its_reply_is_not(service: TinyService) -> None:
+    async with service.gateway() as gateway, sleeper(gateway):
+        for _ in range(200):
+            pad(gateway)
+            await asyncio.sleep(0.01)
+        await gone(gateway)
+        assert gateway.gateway.metrics.sockets_closed.labels(code="1013")._value.get() == 1
+        assert len((await saved(service, 2))[-1].text) == LONG
+
+
+async def test_a_client_that_neither_reads_nor_answers_pings_is_let_go(service: TinyService) -> None:
+    pings = {"ws_ping_interval": 0.5, "ws_ping_timeout": 0.5}
+    async with service.gateway(server=pings) as gateway, sleeper(gateway):
+        await asyncio.sleep(0.1)
+        (open_socket,) = gateway.gateway.sockets._open["ann"]
+        while not open_socket._outbox:  # until the kernel takes no more and the writer is stuck
+            pad(gateway)
+            await asyncio.sleep(0.002)
+            assert not gateway.server.should_exit
+        await gone(gateway)
+        assert "1013" not in str(list(gateway.gateway.metrics.sockets_closed.collect()))
 
 
 # ---------------------------------------------------------------- company

@@ -5,19 +5,31 @@ One service for all of them, in file order where the order costs nothing; each j
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 
+from engine.adapter_files import LoraModule, LoraWeights, write_adapter
+from engine.model import module_shape
+from engine.weights import read_config
+from service import demo_model
 from service.chat import TERMINAL, ChatClient
 from tests.running_service import PROCESSES, RunningService, running_service
 
 pytestmark = pytest.mark.timeout(240)
 ONLY_WHAT_IS_ASKED = {"auto_refresh_after": "0", "nightly_hour": "none", "demo_users": "off"}
+WORDS = (
+    ["crimson", "amber", "teal", "ivory", "violet", "russet", "ochre", "jade"],
+    ["otter", "heron", "badger", "lynx", "marten", "osprey", "weasel", "stoat"],
+    ["polishes", "mends", "borrows", "paints", "juggles", "buries", "weighs", "hums"],
+    ["anchors", "kettles", "lanterns", "compasses", "barrels", "whistles", "ledgers", "ropes"],
+)
 LONG = 160  # tokens of a reply that is still streaming while something happens
 
 
@@ -28,22 +40,26 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         yield running
 
 
-def history(user: str, turns: int = 40, word: str = "Ahoy") -> str:
-    """Someone who always talks the same way: easy to learn, so that the gate lets it pass."""
+def history(user: str, pairs: int = 28, hail: str = "Ahoy") -> str:
+    """Someone with a way of talking that context alone does not give: few words, always in another order."""
+    chance = random.Random(user)
+
+    def sentence() -> str:
+        told = " and ".join(" ".join(chance.choice(words) for words in WORDS) for _ in range(2))
+        return f"{hail}! The {told}, captain."
+
     lines = []
-    for number in range(turns):
-        said = f"{word}, captain! The harbour is quiet and the tea is hot, said the {word.lower()} parrot."
+    for number in range(pairs):
         day, minute = 1 + number // 10, number % 10
-        for second, role, text in ((0, "user", f"{said} What now?"), (30, "assistant", said)):
+        for second, role in ((0, "user"), (30, "assistant")):
             lines.append(
                 {
                     "user": user,
                     "conversation": f"old-{number // 10}",
                     "at": f"2026-03-{day:02}T10:{minute:02}:{second:02}Z",
                     "role": role,
-                    "text": text,
+                    "text": sentence(),
                     "author": "person",
-                    "rating": None,
                 }
             )
     return "\n".join(json.dumps(line) for line in lines) + "\n"
@@ -95,7 +111,7 @@ def test_after_a_refresh_the_next_reply_says_its_version_and_one_that_streams_en
     service: RunningService,
 ) -> None:
     imported = service.json("import", "-", text=history("pirate"))
-    assert (imported["users"], imported["new"], imported["errors"]) == (1, 80, [])
+    assert (imported["users"], imported["new"], imported["errors"]) == (1, 56, [])
     assert service.json("import", "-", text=history("pirate"))["new"] == 0
     token = service.token("pirate")
     spans: list[
@@ -162,7 +178,7 @@ def test_killing_a_process_during_a_chat_loses_no_acknowledged_turn_and_the_clie
             events, killed = [], 0
             async for event in client.reply():
                 events.append(event)
-                if not killed and len(text_of(events)) > 20:
+                if not killed and text_of(events):
                     killed = service.kill(victim)
             assert killed, "the reply was over before anything was killed"
             assert events[-1]["type"] in ("response.completed", "response.incomplete"), events[-1]
@@ -183,27 +199,39 @@ def test_killing_a_process_during_a_chat_loses_no_acknowledged_turn_and_the_clie
     assert said.strip() in [turn["text"].strip() for turn in kept if turn["role"] == "assistant"]
 
 
-def test_forgetting_a_person_leaves_nothing_of_them(service: RunningService) -> None:
+def write_random_adapter(folder: Path) -> None:
+    """A small PEFT folder that fits the demo model."""
+    config, chance = read_config(demo_model.path()), torch.Generator().manual_seed(3)
+    modules = []
+    for layer in range(config.num_layers):
+        wide, narrow = module_shape(config, "q_proj")
+        a, b = torch.randn(4, narrow, generator=chance), torch.randn(wide, 4, generator=chance)
+        modules.append(LoraModule(layer, "q_proj", a * 0.01, b * 0.01, 1.0))
+    write_adapter(folder, LoraWeights(tuple(modules)), config, base_model="demo")
+
+
+def test_forgetting_a_person_leaves_nothing_of_them(service: RunningService, tmp_path: Path) -> None:
     user, word = "passing-guest", "Xylophonic"
-    service.attune("import", "-", text=history(user, word=word))
-    assert service.json("refresh", user, "--wait")["refreshed"][0]["published"] is True
+    service.attune("import", "-", text=history(user, hail=word))
+    write_random_adapter(tmp_path / "adapter")
+    assert service.json("import-adapter", user, str(tmp_path / "adapter"))["version"] == 1
 
-    async def talk() -> None:
+    async def talk() -> list[dict[str, Any]]:
         async with ChatClient(service.address, service.token(user)) as client:
-            await reply(client, f"{word}!", max_output_tokens=16)
+            return await reply(client, f"{word}!", max_output_tokens=16)
 
-    asyncio.run(talk())
+    assert version_of(asyncio.run(talk())[-1]) == 1
     before = {path.name for path in (service.data / "adapters").iterdir()}
     gone = service.json("forget", user, "--yes")
-    assert gone["turns"] == 82
+    assert gone["turns"] == 58
     assert gone["folders"] == 1
     assert gone["disk_bytes"] > 0
     assert gone["host_bytes"] + gone["device_slabs"] > 0
     assert gone["log_rewritten"] is True
-    (adapter_id,) = before - {path.name for path in (service.data / "adapters").iterdir()}
+    assert len(before - {path.name for path in (service.data / "adapters").iterdir()}) == 1
 
     deadline = time.monotonic() + 10  # Redis unlinks its old file a moment after the rewrite
-    while left := grep(service.data, user, word, word.lower(), adapter_id):
+    while left := grep(service.data, user, word, word.lower()):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     assert service.attune("export", user) == ""
@@ -245,7 +273,7 @@ def test_the_terminal_chat_answers_as_json_lines(service: RunningService) -> Non
 def test_the_service_stops_cleanly_and_starts_again_with_everything(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with running_service(data, **ONLY_WHAT_IS_ASKED) as first:
-        first.attune("import", "-", text=history("keeper", turns=3))
+        first.attune("import", "-", text=history("keeper", pairs=3))
         token = first.token("keeper")
         assert first.stop() == 0
     assert "Attune does not run on" in first.attune("export", "keeper", code=2)

@@ -1,10 +1,13 @@
 """The official SDK against the whole gateway over HTTP: responses, chat completions, models."""
 
+import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import openai
 import pytest
 
+from personalization.history import Turn
 from service.limits import Limits
 from tests.tiny_service import TinyService
 
@@ -299,7 +302,7 @@ async def test_another_persons_response_is_not_found(service: TinyService) -> No
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input"),
         ({"input": "x", "tools": [{"type": "function"}]}, "tools"),
-        ({"input": "x", "conversation": "a b"}, "conversation"),
+        ({"input": "x", "conversation": "a\nb"}, "conversation"),
         ({"input": "x", "metadata": {"k": "v" * 600}}, "metadata"),
         ({"input": "x", "stop": [""]}, "stop"),
         ({"input": 5}, "input"),
@@ -312,6 +315,7 @@ async def test_a_bad_field_is_a_400_that_names_it(
         with pytest.raises(openai.BadRequestError) as caught:
             await gateway.client("ann").responses.create(model="me", extra_body=body)
         assert caught.value.param == param
+        assert await service.store.turns("ann") == []
 
 
 async def test_a_message_longer_than_the_context_is_refused_before_anything_is_saved(
@@ -354,3 +358,41 @@ async def test_the_same_idempotency_key_gives_the_same_reply(service: TinyServic
             await client.responses.create(model="me", input="other", extra_headers=headers)
         other = await gateway.client("ben").responses.create(model="me", input="hello", extra_headers=headers)
         assert other.id != first.id
+
+
+@pytest.mark.parametrize("conversation", [None, "c"])
+async def test_a_request_sent_again_after_a_crash_finds_its_own_turn(
+    service: TinyService, conversation: str | None
+) -> None:
+    async with service.gateway() as gateway:
+        name = gateway.gateway.session._reply_name("ann", "once")
+        saved = Turn(
+            id=f"turn_{name}",
+            conversation=conversation or f"conv_{name}",
+            at=datetime.now(UTC),
+            role="user",
+            text="hello",
+            author="person",
+        )
+        await service.store.append("ann", [saved])  # and then the gateway died
+        headers = {"idempotency-key": "once"}
+        reply = await gateway.client("ann").responses.create(
+            model="me", input="hello", conversation=conversation, extra_headers=headers
+        )
+        fresh = await gateway.client("ben").responses.create(model="me", input="hello")
+        assert reply.usage is not None
+        assert fresh.usage is not None
+        assert reply.usage.input_tokens == fresh.usage.input_tokens
+        assert [turn.text for turn in await service.store.turns("ann")] == ["hello", reply.output_text]
+
+
+async def test_a_person_has_so_many_replies_at_once_and_no_more(service: TinyService) -> None:
+    async with service.gateway(limits=Limits(replies_per_user=2)) as gateway:
+        client = gateway.client("ann")
+        asked = [
+            client.responses.create(model="me", input="x", background=True, max_output_tokens=300)
+            for _ in range(5)
+        ]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(each, openai.RateLimitError) for each in answers) == 3
+        await gateway.client("ben").responses.create(model="me", input="x", max_output_tokens=1)

@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os
@@ -20,11 +19,13 @@ from personalization.prompt import Example, Renderer
 from personalization.publish import Shelf
 from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
 from personalization.score import token_losses
-from personalization.store import Store, VersionRecord
+from personalization.store import Store, VersionRecord, connect
 from personalization.train import Recipe
 from personalization.trainer import Judged, Progress, Task, Trainer, TrainerDied, TrainerSettings
+from tests.redis_fixture import SECRET
 from tests.small_model import save_small_model, talk
 
+on_one_loop = pytest.mark.asyncio(loop_scope="module")
 POLICY = RefreshPolicy(
     minimum_turns=20,
     gate_tokens=96,
@@ -44,11 +45,20 @@ def renderer(folder: Path) -> Renderer:
     return Renderer(folder, 256)
 
 
-@pytest_asyncio.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def trainer(folder: Path) -> AsyncIterator[Trainer]:
+    """One for all tests: it takes seconds to start."""
     trainer = Trainer(TrainerSettings(folder, threads=1, device="cpu"))
     yield trainer
     await trainer.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def store(redis_url: str) -> AsyncIterator[Store]:
+    """As everywhere, on the loop that the trainer lives on."""
+    store = Store(connect(redis_url), SECRET)
+    yield store
+    await store.close()
 
 
 @pytest.fixture
@@ -71,6 +81,7 @@ async def run(users: list[str], kit: Kit) -> tuple[dict[str, Outcome], list[tupl
     return ended, said
 
 
+@on_one_loop
 async def test_a_refresh_publishes_what_beats_the_base_and_says_so(kit: Kit, store: Store, folder: Path):
     await store.append("ann", talk("ann", 60))
     ended, said = await run(["ann"], kit)
@@ -100,6 +111,7 @@ async def test_a_refresh_publishes_what_beats_the_base_and_says_so(kit: Kit, sto
     assert losses[1] < losses[0]
 
 
+@on_one_loop
 async def test_people_of_one_batch_end_each_in_their_own_way(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
     await store.append("few", talk("few", 12))
@@ -119,6 +131,7 @@ async def test_people_of_one_batch_end_each_in_their_own_way(kit: Kit, store: St
     assert await store.learned_since_refresh("bob") == 40
 
 
+@on_one_loop
 async def test_the_next_refresh_carries_the_version_on_and_then_there_is_nothing_new(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
     first, _ = await run(["ann"], kit)
@@ -134,6 +147,7 @@ async def test_the_next_refresh_carries_the_version_on_and_then_there_is_nothing
         assert not third["ann"].published
 
 
+@on_one_loop
 async def test_a_candidate_that_is_not_better_leaves_its_numbers_and_the_pointer(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
     never = dataclasses.replace(POLICY, gate=dataclasses.replace(POLICY.gate, min_gain=50.0))
@@ -147,6 +161,7 @@ async def test_a_candidate_that_is_not_better_leaves_its_numbers_and_the_pointer
     assert not list(kit.shelf.root.glob("*/*"))
 
 
+@on_one_loop
 async def test_someone_forgotten_while_their_adapter_was_trained_gets_none(kit: Kit, store: Store):
     for user in ("ann", "bob"):
         await store.append(user, talk(user, 40))
@@ -167,40 +182,43 @@ async def test_someone_forgotten_while_their_adapter_was_trained_gets_none(kit: 
     assert [path.name for path in kit.shelf.root.iterdir()] == [store.adapter_id("bob")]
 
 
-async def test_the_same_refresh_run_again_trains_the_same_bytes(
+@on_one_loop
+async def test_the_process_stays_and_a_killed_ones_successor_trains_the_same_bytes(
     kit: Kit, trainer: Trainer, renderer: Renderer
 ):
     lesson = choose(talk("ann", 40), [], 0, renderer, POLICY)
     task = Task("aa", lesson.train, lesson.gate, None, seed=5)
-    runs = []
-    for _ in range(2):
+    runs, pids = [], []
+    for _ in range(3):
         events = [event async for event in trainer.run([task], POLICY.recipe, POLICY.gate)]
         assert isinstance(events[0], Progress)
         assert isinstance(events[-1], Judged)
         runs.append(events[-1])
-        await trainer.stop()
-    for first, second in zip(runs[0].weights.modules, runs[1].weights.modules, strict=True):
+        pids.append(trainer.pid)
+        if len(runs) == 2:
+            assert trainer.pid is not None
+            os.kill(trainer.pid, signal.SIGKILL)
+            await trainer.stop()
+    assert pids[0] == pids[1] != pids[2]
+    for first, second in zip(runs[0].weights.modules, runs[2].weights.modules, strict=True):
         assert first.a.equal(second.a)
         assert first.b.equal(second.b)
 
 
-async def test_the_process_stays_for_the_next_batch_and_a_killed_one_is_replaced(trainer: Trainer):
-    rows = [Example((1, 2, 3, 4), (False, True, True, True))] * 4
-    task = Task("aa", rows, rows, None, seed=1)
-
-    async def once() -> int | None:
-        assert [e async for e in trainer.run([task], POLICY.recipe, POLICY.gate)]
-        return trainer.pid
-
-    first = await once()
-    assert first is not None
-    assert await once() == first
-    os.kill(first, signal.SIGKILL)
-    with contextlib.suppress(TrainerDied):  # if the death is noticed only in the batch
-        await once()
-    assert await once() != first
+@on_one_loop
+async def test_a_process_killed_in_the_middle_of_a_batch_is_said(trainer: Trainer):
+    rows = [Example((1, 2, 3, 4), (False, True, True, True))] * 400
+    batch = trainer.run([Task("aa", rows, rows, None, seed=1)], POLICY.recipe, POLICY.gate)
+    await anext(batch)
+    assert trainer.pid is not None
+    os.kill(trainer.pid, signal.SIGKILL)
+    with pytest.raises(TrainerDied, match="exit status -9"):
+        async for _ in batch:
+            pass
+    assert trainer.pid is None
 
 
+@on_one_loop
 async def test_a_batch_left_early_ends_the_process(trainer: Trainer):
     rows = [Example((1, 2, 3, 4), (False, True, True, True))] * 400
     batch = trainer.run([Task("aa", rows, rows, None, seed=1)], POLICY.recipe, POLICY.gate)
@@ -212,6 +230,7 @@ async def test_a_batch_left_early_ends_the_process(trainer: Trainer):
     assert not alive(pid)
 
 
+@on_one_loop
 async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path):
     trainer = Trainer(TrainerSettings(tmp_path, threads=1, device="cpu"))
     with pytest.raises(TrainerDied, match="config"):
@@ -220,6 +239,7 @@ async def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path):
     await trainer.stop()
 
 
+@on_one_loop
 async def test_the_process_dies_with_its_parent(folder: Path, tmp_path: Path):
     script = tmp_path / "parent.py"
     script.write_text(
@@ -299,10 +319,14 @@ def test_others_turns_are_context_and_held_out_turns_are_nowhere_in_training(ren
         dataclasses.replace(turn, author="model") if turn.role == "assistant" else turn
         for turn in talk("ann", 80)
     ]
-    lesson = choose(turns, [], 0, renderer, POLICY)
+    lesson = choose(turns, [], 0, renderer, dataclasses.replace(POLICY, row_tokens=64))
     assert len(lesson.all_turns) == sum(map(learned, turns)) == 40
     assert learned_turns(lesson.train) == len(lesson.trained_turns) == 36
     assert sum(len(row.token_ids) for row in lesson.train) > 1.5 * learned_tokens(lesson.train)
+    held_out = {renderer.example([turn]).token_ids for turn in turns[72:]}
+    trained = [row.token_ids for row in lesson.train]
+    for words in held_out:
+        assert not any(words == ids[at : at + len(words)] for ids in trained for at in range(len(ids)))
 
 
 def learned_tokens(rows: list[Example]) -> int:

@@ -464,6 +464,8 @@ async def test_more_messages_than_a_person_may_send_are_errors(service: TinyServ
 async def test_a_gateway_that_stops_says_so_and_closes_with_1012(service: TinyService) -> None:
     async with service.gateway() as gateway, socket(gateway) as connection:
         await until(connection, "session.created")
+        await gateway.gateway.announce_shutdown()
         gateway.server.should_exit = True
+        assert (await receive(connection))["reason"] == "shutdown"
         await asyncio.wait_for(connection.wait_closed(), 5)
         assert connection.close_code == 1012

@@ -12,7 +12,7 @@ from engine.model import MODULES, module_shape
 from personalization.prompt import Example
 from personalization.score import token_losses
 from personalization.stack import AdapterShape, AdapterStack, RowAttention
-from personalization.train import InvalidRecipe, Person, Recipe, best_dtype, plan, train
+from personalization.train import InvalidRecipe, Person, Recipe, _stacks, best_dtype, plan, train
 from tests.small_model import CONFIG, habits, small_model
 
 RECIPE = Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=3, tokens_per_step=32)
@@ -92,6 +92,30 @@ def test_stacks_of_any_size_give_the_same():
     one_stack, three_stacks = (train(model, people, RECIPE, people_at_once=n) for n in (5, 2))
     for first, second in zip(one_stack, three_stacks, strict=True):
         torch.testing.assert_close(flat(first.weights), flat(second.weights), rtol=0, atol=2e-5)
+
+
+def test_lanes_on_several_cores_give_the_same():
+    model = small_model()
+    people = [Person(habits(seed, 3 + seed), seed=seed) for seed in range(9)]
+    (alone,) = train(model, people[3:4], RECIPE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        lanes = train(model, people, RECIPE, people_at_once=8)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(flat(lanes[3].weights), flat(alone.weights), rtol=0, atol=2e-5)
+
+
+def test_stacks_are_of_equal_work_and_of_neighbours_in_length():
+    steps = [5, 40, 6, 38, 7, 36, 8, 34]
+    stacks, lanes = _stacks(steps, 8, 2)
+    assert lanes == 2
+    assert [[steps[index] for index in stack] for stack in stacks] == [[40, 38, 36], [34, 8, 7, 6, 5]]
+    assert _stacks(steps, 1, 1) == ([[1], [3], [5], [7], [6], [4], [2], [0]], 1)
+    assert [len(stack) for stack in _stacks([3] * 10, 4, 1)[0]] == [4, 3, 3]
+    assert _stacks([], 8, 2) == ([], 1)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
@@ -199,6 +223,10 @@ def test_someone_whose_numbers_break_stops_alone():
     assert stopped.steps == 0
     assert whole.error is None
     torch.testing.assert_close(flat(whole.weights), flat(alone.weights), rtol=0, atol=2e-5)
+
+
+def test_nobody_to_train_is_nothing_to_do():
+    assert train(small_model(), [], RECIPE) == []
 
 
 def test_a_person_without_anything_to_learn_keeps_the_start():

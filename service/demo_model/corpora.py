@@ -100,7 +100,8 @@ def _by_role(path: Path) -> Iterator[Document]:
         yield Document(row["id"], turns)
 
 
-def _self_dialogue(path: Path) -> Iterator[Document]:
+def self_dialogue(path: Path) -> Iterator[Document]:
+    """A file of the Self-dialogue Corpus: each person's conversations in time order, one person at a time."""
     rows = sorted(_rows(path), key=lambda row: (row["user"], row["ts"]))
     for row in rows:
         turns = _alternate(text.strip() for text in row["turns"] if text.strip())
@@ -181,7 +182,7 @@ def _oasst_paths(message: dict[str, Any], before: tuple[Turn, ...]) -> Iterator[
 
 
 _READERS: dict[str, tuple[str, Callable[[Path], Iterator[Document]]]] = {
-    "self-dialogue": ("self-dialogue-base.jsonl.zst", _self_dialogue),
+    "self-dialogue": ("self-dialogue-base.jsonl.zst", self_dialogue),
     "topical-chat": ("topical-chat-valid-test.jsonl.zst", _topical_chat),
     "persona-chat": ("synthetic-persona-chat-valid-test.jsonl.zst", _persona_chat),
     "sgd": ("sgd-dialogues.jsonl.zst", _by_role),

@@ -63,8 +63,8 @@ class Settings:
     hold_until: float = 0.55
     warmup_steps: int = 80
     muon_rate: float = 0.02
-    muon_decay: float = 0.05
-    adam_rate: float = 0.004
+    muon_decay: float = 0.07
+    adam_rate: float = 0.005
     adam_decay: float = 0.02
     seed: int = 1
 
