@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, 
 
 from tests.running_service import RunningService, running_service
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -33,7 +34,7 @@ FLAGS = [
 DESK = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 REPLY_MS = 30_000
-REFRESH_MS = 90_000
+REFRESH_MS = 150_000  # the sample people, who are refreshed at the first start, may be before us
 
 Open = Callable[..., Page]
 
@@ -104,6 +105,15 @@ def say(page: Page, text: str) -> None:
     page.keyboard.press("Enter")
 
 
+def reply_named(page: Page) -> None:
+    """The service took the message and the page knows the reply's id. Asked from outside: a predicate inside
+    the page would need eval, which its policy forbids."""
+    deadline = time.monotonic() + 10
+    while not page.evaluate("Object.values(sessionStorage).some(value => value.includes('resp_'))"):
+        assert time.monotonic() < deadline, "no reply was begun"
+        page.wait_for_timeout(20)
+
+
 def reply_ended(page: Page, count: int = 1) -> None:
     """The `count`-th reply has its badge."""
     expect(page.locator(".reply .badge")).to_have_count(count, timeout=REPLY_MS)
@@ -111,14 +121,18 @@ def reply_ended(page: Page, count: int = 1) -> None:
 
 
 def history(user: str, turns: int = 60) -> bytes:
-    """Someone who always talks the same way: easy to learn, so that the gate lets it pass."""
+    """Someone who always talks the same way, about something else each time: easy to learn, so that the gate,
+    which leaves out words it has seen, lets it pass."""
+    things = ("harbour", "weather", "kitchen", "garden", "music", "morning", "evening", "road")
+    states = ("quiet", "warm", "old", "good", "cold", "new", "long", "green")
     lines = []
     for number in range(turns):
-        said = "Ahoy, captain! The harbour is quiet and the tea is hot, said the ahoy parrot."
-        for second, role in ((0, "user"), (30, "assistant")):
+        for second, role, word in ((0, "user", "captain"), (30, "assistant", "parrot")):
+            thing, state = things[number % 8], states[number // 8 % 8]
+            text = f"Ahoy, {word}! The {thing} is {state} and the tea is hot, said the ahoy {word}."
             at = f"2025-03-{1 + number // 10:02}T10:{number % 10:02}:{second:02}Z"
             turn = {"user": user, "conversation": f"old-{number // 10}", "at": at, "role": role}
-            lines.append(json.dumps(turn | {"text": said, "author": "person", "rating": None}))
+            lines.append(json.dumps(turn | {"text": text, "author": "person", "rating": None}))
     return "\n".join(lines).encode()
 
 
@@ -163,7 +177,7 @@ def test_a_reload_in_the_middle_of_a_reply_takes_it_up_again(
     page = open_page("reloader")
     with engine_paused(service):
         say(page, "What did you read last?")
-        page.wait_for_function("Object.keys(sessionStorage).some(k => sessionStorage[k].includes('resp_'))")
+        reply_named(page)
         page.get_by_label("Message", exact=True).fill("a draft that is kept")
         page.reload()
         expect(page.locator(".bubble")).to_have_text("What did you read last?")
@@ -180,7 +194,7 @@ def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service
     page = open_page("survivor")
     with engine_paused(service):
         say(page, "Do you like dogs?")
-        page.wait_for_function("Object.keys(sessionStorage).some(k => sessionStorage[k].includes('resp_'))")
+        reply_named(page)
         old = service.kill("gateway")
         expect(page.locator(".link")).to_have_attribute("data-state", "resuming")
         expect(page.locator(".reply .note")).to_contain_text("goes on when it is back")
@@ -189,27 +203,6 @@ def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service
     reply_ended(page)
     expect(page.locator(".reply .problem")).to_be_hidden()
     expect(page.locator(".bubble")).to_have_count(1)
-
-
-def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_taken_back(
-    open_page: Open,
-) -> None:
-    page = open_page("learner")
-    bring_in(page, history("learner") + b"\nnot a turn")
-    expect(page.locator(".fold .outcome")).to_contain_text("120 turns brought in")
-    expect(page.locator(".fold .outcome")).to_contain_text("Line 121")
-    page.get_by_role("button", name="Refresh from my history").click()
-    expect(page.get_by_role("progressbar")).to_be_visible()
-    expect(page.locator(".refresh-box .outcome")).to_contain_text("v1 answers", timeout=REFRESH_MS)
-    expect(page.locator(".refresh-box .gain")).to_contain_text(re.compile(r"−\d+\.\d % loss on \d+ unseen"))
-    expect(page.locator("#adapter-chip")).to_have_text("v1")
-    say(page, "Hello there")
-    reply_ended(page)
-    expect(page.locator(".reply .badge")).to_have_text(re.compile("^v1 · "))
-    page.get_by_role("button", name="Go back to this").click()
-    expect(page.locator("#adapter-chip")).to_have_text("base")
-    page.get_by_role("button", name="Use this").click()
-    expect(page.locator("#adapter-chip")).to_have_text("v1")
 
 
 def test_base_and_mine_answer_side_by_side_and_nothing_of_it_is_kept(open_page: Open) -> None:
@@ -376,6 +369,27 @@ def test_a_chosen_theme_stays_after_a_reload(open_page: Open) -> None:
     assert dark != light
     page.reload()
     assert page.evaluate(paper) == dark
+
+
+def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_taken_back(
+    open_page: Open,
+) -> None:
+    page = open_page("learner")
+    bring_in(page, history("learner") + b"\nnot a turn")
+    expect(page.locator(".fold .outcome")).to_contain_text("120 turns brought in")
+    expect(page.locator(".fold .outcome")).to_contain_text("Line 121")
+    page.get_by_role("button", name="Refresh from my history").click()
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    expect(page.locator(".refresh-box .outcome")).to_contain_text("v1 answers", timeout=REFRESH_MS)
+    expect(page.locator(".refresh-box .gain")).to_contain_text(re.compile(r"−\d+\.\d % loss on \d+ unseen"))
+    expect(page.locator("#adapter-chip")).to_have_text("v1")
+    say(page, "Hello there")
+    reply_ended(page)
+    expect(page.locator(".reply .badge")).to_have_text(re.compile("^v1 · "))
+    page.get_by_role("button", name="Go back to this").click()
+    expect(page.locator("#adapter-chip")).to_have_text("base")
+    page.get_by_role("button", name="Use this").click()
+    expect(page.locator("#adapter-chip")).to_have_text("v1")
 
 
 def test_the_page_is_small_and_holds_nothing_inline(service: RunningService) -> None:

@@ -86,7 +86,7 @@ export function replyView(app: App, item: ReplyItem): ItemView {
     setAttr(up, "aria-pressed", String(item.rating === "up"));
     setAttr(down, "aria-pressed", String(item.rating === "down"));
     const last = app.state.thread.items.findLast((one) => one.kind !== "compare");
-    retry.hidden = last !== item;
+    retry.hidden = last !== item || item.author === "person";
     if (!details.hidden) details.replaceChildren(facts(app, item));
   }
 
