@@ -69,7 +69,7 @@ def filtered(logits: Tensor, columns: SamplingColumns, rows: list[int]) -> tuple
         keep = (places < top_k) & ((before < top_p * total) | (top_p == 1)) & (p >= p[:, :1] * min_p)
         if width == vocab or not keep[:, -1].any():
             return p * keep, ids
-        width = min(width * 8, vocab)
+        width = min(width * 8, vocab) if width == _FIRST_WIDTH else vocab
 
 
 def uniform(seed: Tensor, index: Tensor) -> Tensor:
@@ -95,6 +95,9 @@ def _probabilities(logits: Tensor, columns: SamplingColumns, rows: list[int]) ->
 
 def _largest(p: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` largest of each row, falling; equal ones in order of id, whatever the company."""
+    if width == p.shape[1]:
+        values, ids = p.sort(stable=True, dim=-1, descending=True)
+        return values, ids
     ids = p.topk(width, dim=-1).indices.sort(-1).values
     values, order = p.gather(1, ids).sort(stable=True, dim=-1, descending=True)
     return values, ids.gather(1, order)
