@@ -1,15 +1,16 @@
 """Training many people's adapters in one stack against one person after another, on the demo model.
 
-Same rows, steps, recipe and seeds for all: our stack at several sizes, our own code with one person at a time,
-and PEFT + transformers with one person after another. Rows are random tokens; their number is what matters.
-Times are of the whole process' processor (CPU seconds) and of the clock, the best of a few rounds.
+Same rows, steps, recipe and seeds for all: our stack at several sizes, our own code with one person at a
+time, and PEFT + transformers with one person after another. Rows are random tokens; their number is what
+matters. Times are of the whole process' processor (CPU seconds) and of the clock, the best of a few rounds.
 
-    python -m benchmarks.bench_train [--model FOLDER] [--people 1,8,32,64] [--tokens 64] [--threads 1] [--keep]
+    python -m benchmarks.bench_train [--people 1,8,32,64] [--tokens 64] [--threads 1] [--keep]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import time
@@ -58,7 +59,7 @@ def best(work: Callable[[], object], rounds: int) -> tuple[float, float]:
 class Peft:
     """One LoRA of PEFT on the model of transformers, trained one person after another.
 
-    Its weights are used again for everyone: building the wrapped model anew for each person would add seconds.
+    Its weights are used again for everyone: wrapping the model anew for each person would add seconds.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -75,7 +76,11 @@ class Peft:
     def train(self, people: list[Person]) -> None:
         for person in people:
             optimizer = torch.optim.AdamW(
-                self._parameters, lr=self._recipe.learning_rate, betas=self._recipe.betas, weight_decay=0.0, fused=True
+                self._parameters,
+                lr=self._recipe.learning_rate,
+                betas=self._recipe.betas,
+                weight_decay=0.0,
+                fused=True,
             )
             for step in plan(person.examples, self._recipe, person.seed):
                 ids = torch.tensor([example.token_ids for example in step.examples])
@@ -86,7 +91,9 @@ class Peft:
                 optimizer.zero_grad()
 
 
-def measure(folder: Path, dtype: torch.dtype, sizes: list[int], recipe: Recipe, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    folder: Path, dtype: torch.dtype, sizes: list[int], recipe: Recipe, rounds: int
+) -> list[dict[str, Any]]:
     """One row of numbers for each way to train, in ms of one person's step."""
     model = load_model(folder, dtype=dtype)
     rows: list[dict[str, Any]] = []
@@ -94,12 +101,13 @@ def measure(folder: Path, dtype: torch.dtype, sizes: list[int], recipe: Recipe, 
     def row(way: str, people: int, work: Callable[[], object], repeats: int) -> None:
         cpu, clock = (1000 * seconds / people / STEPS for seconds in best(work, repeats))
         rows.append({"way": way, "people": people, "cpu_ms": round(cpu, 2), "ms": round(clock, 2)})
-        print(f"{str(dtype):>15} {way:>6} {people:3d} people: {cpu:7.2f} CPU ms, {clock:7.2f} ms a step", flush=True)
+        print(f"{dtype!s:>15} {way:>6} {people:3d} people: {cpu:7.2f} CPU ms, {clock:7.2f} ms", flush=True)
 
     for size in sizes:
         people = people_of(size, recipe.tokens_per_step, model.config.vocab_size)
         train(model, people[:2], recipe)  # warm
-        row("ours", size, lambda: train(model, people, recipe, people_at_once=size), rounds)
+        ours = functools.partial(train, model, people, recipe, people_at_once=size)
+        row("ours", size, ours, rounds)
     peft = Peft(folder, recipe, dtype)
     people = people_of(2, recipe.tokens_per_step, model.config.vocab_size)
     peft.train(people[:1])

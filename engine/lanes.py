@@ -138,14 +138,6 @@ class KvLanes:
         lanes = len(self)
         return self._k[:, :lanes, :, :, self.end].unbind(0), self._v[:, :lanes, :, self.end].unbind(0)
 
-    def store(self, slots: Iterable[tuple[int, int]]) -> None:
-        """Write column `end` of every lane to its (slab, offset)."""
-        k, v = self._k[..., self.end].unbind(1), self._v[:, :, :, self.end].unbind(1)  # per lane [L, Hkv, D]
-        for lane, (slab, offset) in enumerate(slots):
-            page = self._slabs[slab, :, :, offset]  # [L, 2, Hkv, D]
-            page[:, 0].copy_(k[lane])
-            page[:, 1].copy_(v[lane])
-
     def views(self, window: int | None = None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Per layer K [N, D, n] and V [N, n, D], and the mask [N, 1, n], with N = lanes * Hkv.
 

@@ -98,6 +98,29 @@ class Lora(Protocol):
     def __call__(self, layer: int, group: str, x: Tensor, y: Tensor) -> Tensor: ...
 
 
+# The parts of the decoder are called as plain functions (`__call__` instead of `forward`): a step calls a
+# hundred of them, and the way through nn.Module's hooks costs as much as a small operation.
+
+
+class Norm(nn.Module):
+    """y = x / sqrt(mean(x²) + eps) * weight over the last side."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = _frozen(size)
+        self.eps = eps
+        self.packed: kernels.PackedNorm | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is not None and not torch.is_grad_enabled():
+            return self.packed(x)
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+    def pack(self) -> None:
+        """Compute with fewer operations from now on, outside of training; for float32 on a CPU."""
+        self.packed = kernels.PackedNorm(self.weight, self.eps)
+
+
 class Projection(nn.Module):
     """y = x @ W.T (+ bias) (+ residual), W [out, in] fused from the modules of one group."""
 
@@ -107,7 +130,7 @@ class Projection(nn.Module):
         self.bias = _frozen(shape[0]) if bias else None
         self.packed: kernels.PackedLinear | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.packed is not None and not torch.is_grad_enabled():
             y = self.packed(x)
             return y if residual is None else y.add_(residual)
@@ -116,6 +139,10 @@ class Projection(nn.Module):
         y = nn.functional.linear(x, self.weight, self.bias)
         return y if residual is None else y + residual
 
+    def pack(self) -> None:
+        """Compute from a packed copy from now on, outside of training; see PackedLinear.supports."""
+        self.packed = kernels.PackedLinear(self.weight, self.bias)
+
 
 class Layer(nn.Module):
     """One block: norm, attention, norm, gated feed-forward, each added to the residual stream."""
@@ -123,21 +150,20 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.index = index
-        self.eps = config.rms_norm_eps
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
-        self.input_norm = _frozen(config.hidden_size)
-        self.post_norm = _frozen(config.hidden_size)
-        self.q_norm = _frozen(config.head_dim) if config.qk_norm else None
-        self.k_norm = _frozen(config.head_dim) if config.qk_norm else None
+        self.input_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.q_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.qkv = Projection(group_shape(config, "qkv"), bias=config.qkv_bias)
         self.o = Projection(group_shape(config, "o"))
         self.gate_up = Projection(group_shape(config, "gate_up"))
         self.down = Projection(group_shape(config, "down"))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, lora: Lora | None) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, lora: Lora | None) -> Tensor:
         index = self.index
-        normed = kernels.rms_norm(x, self.input_norm, self.eps)
+        normed = self.input_norm(x)
         qkv = self.qkv(normed)
         if lora is not None:
             qkv = lora(index, "qkv", normed, qkv)
@@ -145,7 +171,7 @@ class Layer(nn.Module):
         x = self.o(mixed, x)
         if lora is not None:
             x = lora(index, "o", mixed, x)
-        normed = kernels.rms_norm(x, self.post_norm, self.eps)
+        normed = self.post_norm(x)
         gate_up = self.gate_up(normed)
         if lora is not None:
             gate_up = lora(index, "gate_up", normed, gate_up)
@@ -162,8 +188,8 @@ class Layer(nn.Module):
             rotated = kernels.rotary(heads[:, : num_q + num_kv], cos, sin)
             return rotated[:, :num_q], rotated[:, num_q:], heads[:, num_q + num_kv :]
         q, k, v = torch.split(heads, list(self.heads), dim=1)
-        q = kernels.rotary(kernels.rms_norm(q, self.q_norm, self.eps), cos, sin)
-        k = kernels.rotary(kernels.rms_norm(k, self.k_norm, self.eps), cos, sin)
+        q = kernels.rotary(self.q_norm(q), cos, sin)
+        k = kernels.rotary(self.k_norm(k), cos, sin)
         return q, k, v
 
 
@@ -174,10 +200,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         # No buffer: .to(bfloat16) must leave it alone, as bfloat16 angles are wrong soon.
-        self._inv_freq = rope_frequencies(config.rope, config.head_dim)
+        inv_freq = rope_frequencies(config.rope, config.head_dim)
+        self._signed_freq = torch.cat((-inv_freq, inv_freq))
         self.embed = _frozen(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = _frozen(config.hidden_size)
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.head = Projection((config.vocab_size, config.hidden_size))
         if config.tie_word_embeddings:
             self.head.weight = self.embed
@@ -187,23 +214,28 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """token_ids [T], positions [T] -> hidden states [T, hidden] after the final norm."""
         x = nn.functional.embedding(token_ids, self.embed)
-        cos, sin = kernels.rope_angles(positions, self._inv_freq.to(x.device), x.dtype)
+        cos, sin = kernels.rope_angles(positions, self._signed_freq.to(x.device), x.dtype)
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             x = layer(x, cos, sin, attend, lora)
-        return kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [.., hidden] -> [.., vocab] in float32."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logits: Tensor = self.head(flat)
-        return logits.float().view(*hidden.shape[:-1], -1)
+        return self.head(flat).float().view(*hidden.shape[:-1], -1)
 
-    def projections(self) -> list[Projection]:
-        """Every fused matrix of the model, the output head last."""
-        found = [
-            getattr(layer, group) for layer in self.layers for group in GROUPS if isinstance(layer, Layer)
-        ]
-        return [*found, self.head]
+    def pack(self, most_bytes: int) -> None:
+        """Prepare for serving on a CPU: each part its packed form, if every part has one and all together
+        (a copy of the model at most) take no more than `most_bytes`. Training is not affected.
+        """
+        projections = [module for module in self.modules() if isinstance(module, Projection)]
+        size = sum(p.weight.numel() * p.weight.element_size() for p in projections)
+        if size > most_bytes or not all(kernels.PackedLinear.supports(p.weight) for p in projections):
+            return
+        for module in self.modules():
+            if isinstance(module, Projection | Norm):
+                module.pack()
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -42,7 +42,7 @@ class Runner:
         self._kv = KvLanes(config, self._slabs, lane_bytes)
         self._lora_lane_bytes = lane_bytes
         self._lora: dict[int, LoraLanes] = {}  # by identity of the layout, which the lanes keep alive
-        _pack_weights(model)
+        model.decoder.pack(PACK_BYTES)
 
     def run(self, batch: Batch) -> list[int]:
         """One token id per row that wants one, in the order of the chunks."""
@@ -169,6 +169,7 @@ class _Attend:
         self._scale = config.head_dim**-0.5
         self._lanes = plan.num_lanes
         if self._lanes:
+            self._newest: list[Tensor] = []  # K and V of each layer so far, [lanes, Hkv, D]
             self._k_columns, self._v_columns = kv.columns()
             self._full = kv.views()
             self._windowed = kv.views(config.sliding_window) if config.sliding_layers else self._full
@@ -211,6 +212,7 @@ class _Attend:
         keys, values, mask = self._windowed if windowed else self._full
         self._k_columns[layer].copy_(k)
         self._v_columns[layer].copy_(v)
+        self._newest += (k, v)
         num_heads, dim = q.shape[1:]
         heads = q.reshape(keys[layer].shape[0], -1, dim)  # [lanes * Hkv, G, D]
         mixed = kernels.lane_attention(heads, keys[layer], values[layer], mask, self._scale)
@@ -222,7 +224,8 @@ class _Attend:
         if not n:
             return
         plan = self._plan
-        self._kv.store(zip(plan.slot_block[:n].tolist(), plan.slot_offset[:n].tolist(), strict=True))
+        newest = torch.stack(self._newest)
+        kernels.write_kv_all_layers(newest, self._slabs, plan.slot_block[:n], plan.slot_offset[:n])
         self._kv.advance([plan.batch.blocks[s] for s in plan.sequences[:n]])
 
 
@@ -315,13 +318,3 @@ class _PagedRows:
             self.scales[:, layer, modules],
             widths,
         )
-
-
-def _pack_weights(model: LoadedModel) -> None:
-    """Give the decoder's matrices their packed copies, if this device has the product and the size allows."""
-    projections = model.decoder.projections()
-    size = sum(p.weight.numel() * p.weight.element_size() for p in projections)
-    if size > PACK_BYTES or not all(kernels.PackedLinear.supports(p.weight) for p in projections):
-        return
-    for projection in projections:
-        projection.packed = kernels.PackedLinear(projection.weight, projection.bias)

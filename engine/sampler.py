@@ -12,19 +12,30 @@ from engine.batch import SamplingColumns
 _FIRST_WIDTH = 64  # sorted tokens looked at first; nearly all filters keep fewer
 
 
+class LogitsNotFinite(ArithmeticError):
+    """Rows of the logits from which no token can be drawn, as they hold NaN or infinity: `rows`."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(f"expected finite logits, got NaN or infinity in rows {rows}")
+        self.rows = rows
+
+
 def sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
-    """One token id per row. logits [R, V] float32, finite or -inf -> [R] int64.
+    """One token id per row. logits [R, V] float32, finite or -inf -> [R] int64. Raises LogitsNotFinite.
 
     temperature 0 takes the largest logit. Otherwise p = softmax(logits / temperature) is filtered (see
     `filtered`), and the token is where the kept p, added up, first exceeds u times their sum, with
     u = uniform(seed, index). They are added up in falling order if anything filters, else in order of id.
     """
     drawn = [row for row, temperature in enumerate(columns.temperature) if temperature > 0]
+    token_ids = logits.argmax(-1)
+    finite = logits.gather(1, token_ids[:, None]).isfinite()[:, 0]  # a NaN counts as the largest
+    if not finite.all():
+        raise LogitsNotFinite((~finite).nonzero()[:, 0].tolist())
     if not drawn:
-        return logits.argmax(-1)
+        return token_ids
     filtering = [row for row in drawn if _filters(columns, row)]
     plain = [row for row in drawn if not _filters(columns, row)]
-    token_ids = logits.argmax(-1) if len(drawn) < len(columns) else logits.new_empty(len(columns)).long()
     if plain:
         p = _probabilities(logits, columns, plain)
         token_ids[plain] = _invert(p, columns, plain)
@@ -58,7 +69,7 @@ def filtered(logits: Tensor, columns: SamplingColumns, rows: list[int]) -> tuple
         keep = (places < top_k) & ((before < top_p * total) | (top_p == 1)) & (p >= p[:, :1] * min_p)
         if width == vocab or not keep[:, -1].any():
             return p * keep, ids
-        width = min(width * 8, vocab)
+        width = min(width * 8, vocab) if width == _FIRST_WIDTH else vocab
 
 
 def uniform(seed: Tensor, index: Tensor) -> Tensor:
@@ -84,6 +95,9 @@ def _probabilities(logits: Tensor, columns: SamplingColumns, rows: list[int]) ->
 
 def _largest(p: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` largest of each row, falling; equal ones in order of id, whatever the company."""
+    if width == p.shape[1]:
+        values, ids = p.sort(stable=True, dim=-1, descending=True)
+        return values, ids
     ids = p.topk(width, dim=-1).indices.sort(-1).values
     values, order = p.gather(1, ids).sort(stable=True, dim=-1, descending=True)
     return values, ids.gather(1, order)

@@ -303,18 +303,18 @@ def _targets(config: ModelConfig, decoder: Decoder) -> dict[str, Tensor]:
     """Views into the decoder's fused parameters by Hugging Face tensor name."""
     targets: dict[str, Tensor] = {
         "model.embed_tokens.weight": decoder.embed,
-        "model.norm.weight": decoder.norm,
+        "model.norm.weight": decoder.norm.weight,
     }
     if not config.tie_word_embeddings:
         targets["lm_head.weight"] = decoder.head.weight
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
         prefix = f"model.layers.{index}."
-        targets[prefix + "input_layernorm.weight"] = layer.input_norm
-        targets[prefix + "post_attention_layernorm.weight"] = layer.post_norm
+        targets[prefix + "input_layernorm.weight"] = layer.input_norm.weight
+        targets[prefix + "post_attention_layernorm.weight"] = layer.post_norm.weight
         if layer.q_norm is not None and layer.k_norm is not None:
-            targets[prefix + "self_attn.q_norm.weight"] = layer.q_norm
-            targets[prefix + "self_attn.k_norm.weight"] = layer.k_norm
+            targets[prefix + "self_attn.q_norm.weight"] = layer.q_norm.weight
+            targets[prefix + "self_attn.k_norm.weight"] = layer.k_norm.weight
         for group in GROUPS:
             projection = getattr(layer, group)
             begin = 0

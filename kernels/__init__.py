@@ -7,12 +7,14 @@ from kernels import gradients, reference
 from kernels.reference import (
     RANK_TILE,
     PackedLinear,
+    PackedNorm,
     attend_one,
     lane_attention,
     lora_pages,
     paged_attention,
     rope_angles,
     write_kv,
+    write_kv_all_layers,
 )
 
 # Another package on the public index is called `kernels`; transformers asks for its version
@@ -22,6 +24,7 @@ __version__ = "0.0.0"
 __all__ = [
     "RANK_TILE",
     "PackedLinear",
+    "PackedNorm",
     "attend_one",
     "gated_activation",
     "lane_attention",
@@ -31,6 +34,7 @@ __all__ = [
     "rope_angles",
     "rotary",
     "write_kv",
+    "write_kv_all_layers",
 ]
 
 

@@ -10,21 +10,17 @@ RANK_TILE = 8  # rank rows of one adapter tile
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) * weight over the last side. x [.., H], weight [H] -> [.., H]."""
-    if x.dtype != torch.float32 or torch.is_grad_enabled():
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean_square = norm.square_().mul_(1 / x.shape[-1]).add_(eps)
-    return (x * mean_square.rsqrt_()).mul_(weight)
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
-def rope_angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for `rotary`: angle[t, i] = positions[t] * inv_freq[i mod D/2].
+def rope_angles(positions: Tensor, signed_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for `rotary`: angle[t, i] = positions[t] * signed_freq[i].
 
-    positions [T] int, inv_freq [D/2] float32 -> cos and sin [T, 1, D], the first half of sin negated.
+    positions [T] int, signed_freq [D] float32, the frequencies of the pairs twice, first negated
+    -> cos and sin [T, 1, D]; so the first half of sin is negated and cos is not.
     """
-    angles = positions.to(torch.float32)[:, None, None] * inv_freq  # [T, 1, D/2]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    angles = positions[:, None, None] * signed_freq
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,6 +41,17 @@ def write_kv(k: Tensor, v: Tensor, slabs: Tensor, layer: int, block: Tensor, off
     """
     slabs[block, layer, 0, offset] = k
     slabs[block, layer, 1, offset] = v
+
+
+def write_kv_all_layers(kv: Tensor, slabs: Tensor, block: Tensor, offset: Tensor) -> None:
+    """slabs[block[t], l, i, offset[t]] = kv[2 * l + i, t]: one new position per sequence, all layers at once.
+
+    kv [2 L, T, Hkv, D], K and V of each layer in turn; slabs [num_slabs, L, 2, block_size, Hkv, D] is
+    changed; block and offset [T] int64.
+    """
+    rows = slabs.flatten(1, 3).flatten(2)  # [num_slabs, 2 L * block_size, Hkv * D]: whole rows go fast
+    first = torch.arange(0, rows.shape[1], slabs.shape[3], device=kv.device)
+    rows[block, first[:, None] + offset] = kv.flatten(2)
 
 
 def paged_attention(
@@ -159,6 +166,23 @@ def _tiles(arena: Tensor, offsets: Sequence[int], width: int) -> list[Tensor]:
     return [arena[o : o + RANK_TILE * width].view(RANK_TILE, width) for o in offsets if o >= 0]
 
 
+class PackedNorm:
+    """`rms_norm` on a CPU in float32 in four operations.
+
+    y = x * (sqrt(H) * weight) / sqrt(|x|² + H * eps); the divisor is the hypotenuse of |x| and sqrt(H * eps).
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        size = weight.shape[0]
+        self._scaled = weight.detach() * size**0.5
+        self._side = self._scaled.new_full((1,), (size * eps) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        y: Tensor = (x * self._scaled).div_(length.hypot_(self._side))
+        return y
+
+
 class PackedLinear:
     """y = x @ W.T (+ bias) on a CPU in float32, from a copy of W in the order the product reads it in.
 
@@ -178,7 +202,7 @@ class PackedLinear:
         self._half = None
         self._full = None
         fits_half = torch.equal(self._weight.half().float(), self._weight)
-        if fits_half and hasattr(torch.ops.quantized, "linear_dynamic_fp16"):
+        if fits_half and torch.backends.quantized.engine in ("x86", "fbgemm"):
             self._half = torch.ops.quantized.linear_prepack_fp16(self._weight, self._bias)
         else:
             self._full = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, self._PACKED_FOR_ROWS)

@@ -63,6 +63,7 @@ SERVICE_FAILED = (StoreError, EngineError, ConnectionError, TimeoutError)
 
 Data = Annotated[Path | None, typer.Option(help="Data folder of the service. [default: ./data]")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
+JsonLog = Annotated[bool, typer.Option("--json", help="Log lines as JSON.")]
 User = Annotated[str, typer.Argument(help="The person's name, as in their token.")]
 Model = Annotated[str | None, typer.Option(help="demo, a Hugging Face folder, or a hub id. [default: demo]")]
 RedisUrl = Annotated[str | None, typer.Option(help="Use this Redis. [default: a private one is started]")]
@@ -92,7 +93,7 @@ def fail(message: str, code: int) -> None:
 @app.command()
 def serve(
     data: Data = None, model: Model = None, port: Port = None, host: Host = None, redis_url: RedisUrl = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Log lines as JSON.")] = False,
+    as_json: JsonLog = False,
 ) -> None:  # fmt: skip
     """Start everything: Redis, engine, gateway, worker. Ctrl-C stops it."""
     settings = read_settings(
@@ -109,31 +110,36 @@ def serve(
 
 
 @app.command()
-def engine(data: Data = None, model: Model = None) -> None:
+def engine(data: Data = None, model: Model = None, as_json: JsonLog = False) -> None:
     """Start the engine alone. Settings come from ATTUNE_* variables."""
-    run_process("engine", processes.run_engine, data=data, model=model)
+    run_process("engine", processes.run_engine, as_json, data=data, model=model)
 
 
 @app.command()
 def gateway(
-    data: Data = None, model: Model = None, port: Port = None, host: Host = None, redis_url: RedisUrl = None
-) -> None:
+    data: Data = None, model: Model = None, port: Port = None, host: Host = None, redis_url: RedisUrl = None,
+    as_json: JsonLog = False,
+) -> None:  # fmt: skip
     """Start the gateway alone. Settings come from ATTUNE_* variables."""
-    run_process(
-        "gateway", processes.run_gateway, data=data, model=model, port=port, host=host, redis_url=redis_url
-    )
+    flags = {"data": data, "model": model, "port": port, "host": host, "redis_url": redis_url}
+    run_process("gateway", processes.run_gateway, as_json, **flags)
 
 
 @app.command()
-def worker(data: Data = None, model: Model = None, redis_url: RedisUrl = None) -> None:
+def worker(
+    data: Data = None, model: Model = None, redis_url: RedisUrl = None, as_json: JsonLog = False
+) -> None:
     """Start the worker that learns, alone. Settings come from ATTUNE_* variables."""
-    run_process("worker", processes.run_worker, data=data, model=model, redis_url=redis_url)
+    run_process("worker", processes.run_worker, as_json, data=data, model=model, redis_url=redis_url)
 
 
 def run_process(
-    name: str, run: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]], **flags: Any
+    name: str,
+    run: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]],
+    as_json: bool,
+    **flags: Any,
 ) -> None:
-    settings = read_settings(**flags)
+    settings = read_settings(**flags, log_format="json" if as_json else None)
     logs.configure(name, settings.log_level, settings.log_format)
     folder = resolve_model(settings.model)
     settings = settings.model_copy(update={"model": str(folder), "model_name": settings.shown_model})

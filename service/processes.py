@@ -6,7 +6,7 @@ Rooms are imported inside the functions: the gateway needs no torch, and the eng
 import asyncio
 import contextlib
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ async def until_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) ->
             await working
 
 
+@contextlib.contextmanager
+def about_the_model(*errors: type[Exception]) -> Iterator[None]:
+    """What is wrong with the model's folder, as one ModelUnusable: starting again would not help."""
+    try:
+        yield
+    except errors as error:
+        raise ModelUnusable(str(error)) from None
+
+
 async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, answer on the engine's socket. Raises ModelUnusable."""
     import torch
@@ -59,12 +68,10 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
         dtype=dtype,
         threads=settings.threads or None,
     )
-    try:
+    with about_the_model(ModelError):
         model = await asyncio.to_thread(
             load_model, Path(settings.model), device=device, dtype=getattr(torch, dtype)
         )
-    except ModelError as error:
-        raise ModelUnusable(str(error)) from None
     private_folder(settings.run_folder)
     private_folder(settings.adapter_root)
     engine = Engine(config, model, settings.adapter_root)
@@ -81,14 +88,19 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
 
 
 async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
-    """Answer WebSockets and HTTP."""
+    """Answer WebSockets and HTTP. Raises ModelUnusable."""
+    from personalization.prompt import TokenizerMissing
+    from personalization.template import TemplateFailed
     from service.gateway import run_gateway as run
 
-    await until_stopped(run(settings), stop)
+    with about_the_model(TokenizerMissing, TemplateFailed):
+        await until_stopped(run(settings), stop)
 
 
 async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
-    """Learn from what people wrote."""
+    """Learn from what people wrote. Raises ModelUnusable."""
+    from engine.weights import ModelError
+    from personalization.prompt import TokenizerMissing
     from personalization.refresh import RefreshPolicy
     from personalization.worker import WorkerSettings
     from personalization.worker import run_worker as run
@@ -105,4 +117,5 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         device=settings.device,
         nightly_hour=settings.nightly_hour,
     )
-    await until_stopped(run(worker), stop)
+    with about_the_model(ModelError, TokenizerMissing):
+        await until_stopped(run(worker), stop)

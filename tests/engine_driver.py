@@ -20,13 +20,16 @@ BLOCK = 4
 class Driver:
     """Sequences and adapters on one runner. Slabs not in use hold NaN: whoever reads one shows it."""
 
-    def __init__(self, model: LoadedModel, *, num_slabs: int = 600, seed: int = 0) -> None:
+    def __init__(
+        self, model: LoadedModel, *, num_slabs: int = 600, seed: int = 0, lane_bytes: int = 1 << 30
+    ) -> None:
         config = model.config
         kv_elems = config.num_layers * 2 * BLOCK * config.num_kv_heads * config.head_dim
         self.slab_elems = max(kv_elems, min_slab_elems(config))
-        self.arena = torch.full((num_slabs, self.slab_elems), float("nan"))
+        dtype = model.decoder.embed.dtype
+        self.arena = torch.full((num_slabs, self.slab_elems), float("nan"), dtype=dtype)
         self.model = model
-        self.runner = Runner(model, self.arena, BLOCK)
+        self.runner = Runner(model, self.arena, BLOCK, lane_bytes=lane_bytes)
         self.free = list(range(num_slabs))
         random.Random(seed).shuffle(self.free)
         self.numbers = iter(range(1_000_000))

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import jwt
 import pytest
+from typer.main import get_command
 
 from service.auth import ALGORITHM, AUDIENCE
+from service.cli import app
 from service.settings import read_or_create_secret, token_key
+from tests.running_service import free_port
 
 
 def attune(*arguments: str, code: int = 0, **environment: str) -> str:
@@ -57,11 +60,24 @@ def test_a_setting_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 def test_every_command_has_help_and_json() -> None:
-    listed = attune("--help")
-    for name in (
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == {
         "serve", "engine", "gateway", "worker", "token", "chat", "import", "export", "refresh", "adapters",
         "rollback", "import-adapter", "forget",
-    ):  # fmt: skip
-        assert name in listed
-    for name in ("token", "import", "refresh", "forget"):
-        assert "--json" in attune(name, "--help")
+    }  # fmt: skip
+    for name, command in commands.items():
+        assert command.help, name
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--data", "--json"} <= options, name
+
+
+def test_a_model_that_cannot_be_served_ends_the_service_with_the_reason(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"architectures": ["FooForCausalLM"], "model_type": "foo"}')
+    error = attune(
+        "serve", "--model", str(model), "--port", str(free_port()), "--data", str(tmp_path / "data"), code=2
+    )
+    assert "got FooForCausalLM" in error
+    assert "Traceback" not in error
+    assert "cannot start (see its message above)" in error

@@ -19,27 +19,22 @@ def test_version_lets_transformers_pass_by() -> None:
     assert kernels.__version__ == "0.0.0"
 
 
-@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-4, 1.0, 1e6])
 @pytest.mark.parametrize("shape", [(1, 5), (7, 48), (3, 4, 20)])
-def test_rms_norm_is_its_formula(shape: tuple[int, ...], with_grad: bool) -> None:
-    x, weight = torch.randn(shape), torch.rand(shape[-1])
-    with torch.set_grad_enabled(with_grad):
-        got = kernels.rms_norm(x, weight, 1e-3)
-    assert close(got, x / (x.double() ** 2).mean(-1, keepdim=True).add(1e-3).sqrt().float() * weight)
-
-
-def test_rms_norm_leaves_its_input_alone() -> None:
-    x = torch.randn(3, 8)
+def test_both_forms_of_rms_norm_are_its_formula(shape: tuple[int, ...], magnitude: float) -> None:
+    x, weight = torch.randn(shape) * magnitude, torch.rand(shape[-1])
     before = x.clone()
-    with torch.inference_mode():
-        kernels.rms_norm(x, torch.ones(8), 1e-5)
+    expected = x / (x.double() ** 2).mean(-1, keepdim=True).add(1e-3).sqrt().float() * weight
+    assert close(kernels.rms_norm(x, weight, 1e-3), expected)
+    assert close(kernels.PackedNorm(weight, 1e-3)(x), expected)
     assert torch.equal(x, before)
 
 
 def test_rotary_turns_each_pair_by_its_angle() -> None:
     dim, inv_freq = 6, torch.tensor([1.0, 0.3, 0.01])
+    signed_freq = torch.cat((-inv_freq, inv_freq))
     x, positions = torch.randn(4, 2, dim), torch.tensor([0, 1, 5, 700])
-    cos, sin = kernels.rope_angles(positions, inv_freq, torch.float32)
+    cos, sin = kernels.rope_angles(positions, signed_freq, torch.float32)
     got = kernels.rotary(x, cos, sin)
     for t, position in enumerate(positions.tolist()):
         for i, frequency in enumerate(inv_freq.tolist()):
@@ -91,6 +86,20 @@ def test_paged_attention_reads_only_its_own_pages(heads: tuple[int, int], window
             row = starts[s] + i
             expected = naive_attention(q[row], ks[s], vs[s], length - new[s] + i, window)
             assert close(got[row], expected)
+
+
+def test_writing_all_layers_at_once_writes_what_writing_each_does() -> None:
+    layers, block_size, slabs = 3, 4, torch.zeros(9, 3 * 2 * 4 * 2 * 6 + 7)
+    by_layer, at_once = (
+        s[:, : 3 * 2 * 4 * 2 * 6].view(9, layers, 2, block_size, 2, 6) for s in (slabs, slabs + 0)
+    )
+    block, offset = torch.tensor([7, 0, 3, 8]), torch.tensor([3, 0, 3, 1])
+    kv = torch.randn(2 * layers, 4, 2, 6)
+    for layer in range(layers):
+        kernels.write_kv(kv[2 * layer], kv[2 * layer + 1], by_layer, layer, block, offset)
+    kernels.write_kv_all_layers(kv, at_once, block, offset)
+    assert torch.equal(by_layer, at_once)
+    assert by_layer.count_nonzero() == kv.numel()
 
 
 def test_lane_attention_is_attention_of_one_token_per_lane() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+import kernels
+from engine.batch import build_batch
 from engine.packing import ResidentAdapter
+from engine.request import Chunk
 from engine.weights import LoadedModel, load_model
-from tests.engine_driver import Driver
+from tests.engine_driver import BLOCK, Driver
 from tests.tiny_models import FAMILIES, VOCAB, save_random
 
 # PEFT asks transformers for a property that transformers has renamed.
@@ -214,3 +218,80 @@ def test_another_adapter_in_the_same_slabs_is_the_one_that_counts(world: World) 
     expected = world.reference("r8-again", tokens)
     for _ in range(3):
         assert worst(driver.logits((b, 1))[0], expected[b.num_computed - 1]) < 1e-4
+
+
+def test_a_step_that_fails_half_way_leaves_nothing_stale(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(world.loaded)
+    residents = world.place(driver)
+    tokens = {name: tokens_of(70 + i, 20) for i, name in enumerate(("r4", "r8-again"))}
+    sequences = [driver.sequence(tokens[name], residents[name]) for name in tokens]
+    driver.logits(*((sequence, 8) for sequence in sequences))
+    driver.logits(*((sequence, 1) for sequence in sequences))
+    calls = iter(range(100))
+    real = kernels.lane_attention
+
+    def fail_in_the_second_layer(*arguments: Any) -> Tensor:
+        if next(calls) == 1:
+            raise RuntimeError("out of luck")
+        return real(*arguments)
+
+    monkeypatch.setattr(kernels, "lane_attention", fail_in_the_second_layer)
+    with pytest.raises(RuntimeError, match="luck"):
+        driver.logits(*((sequence, 1) for sequence in sequences))
+    for _ in range(2):
+        got = driver.logits(*((sequence, 1) for sequence in sequences))
+        for row, (name, sequence) in enumerate(zip(tokens, sequences, strict=True)):
+            expected = world.reference(name, tokens[name])[sequence.num_computed - 1]
+            assert worst(got[row], expected) < 1e-4
+
+
+@pytest.mark.parametrize("lane_bytes", [0, 40_000, 1 << 30])
+def test_rows_without_room_for_lanes_compute_the_same(world: World, lane_bytes: int) -> None:
+    driver = Driver(world.loaded, lane_bytes=lane_bytes)
+    residents = world.place(driver)
+    names: list[str | None] = ["r4", None, "patterns", "r16-q-v", "r4"]
+    tokens = [tokens_of(80 + i, 24) for i in range(len(names))]
+    sequences = [driver.sequence(t, residents[name]) for t, name in zip(tokens, names, strict=True)]
+    driver.logits(*((sequence, 6 + 3 * i) for i, sequence in enumerate(sequences)))
+    for _ in range(3):
+        got = driver.logits(*((sequence, 1) for sequence in sequences))
+        for i, sequence in enumerate(sequences):
+            expected = world.reference(names[i], tokens[i])[sequence.num_computed - 1]
+            assert worst(got[i], expected) < 1e-4
+
+
+def test_the_same_batches_in_bfloat16_stay_near_float32(world: World, tmp_path: Path) -> None:
+    save_random(tmp_path, FAMILIES["llama3"]())
+    driver = Driver(load_model(tmp_path, dtype=torch.bfloat16))
+    residents = world.place(driver)
+    names: list[str | None] = ["r8-alpha-32", None, "r16-q-v"]
+    tokens = [tokens_of(90 + i, 12) for i in range(len(names))]
+    sequences = [driver.sequence(t, residents[name]) for t, name in zip(tokens, names, strict=True)]
+    driver.logits(*((sequence, 9) for sequence in sequences))
+    driver.logits(*((sequence, 1) for sequence in sequences))
+    got = driver.logits(*((sequence, 1) for sequence in sequences))
+    for i, name in enumerate(names):
+        expected = world.reference(name, tokens[i])[10]
+        assert (got[i] - expected).norm() / expected.norm() < 0.1
+
+
+def test_tokens_come_back_in_the_order_of_the_chunks_that_want_one(world: World) -> None:
+    driver = Driver(world.loaded)
+    prompts = [tokens_of(95 + i, 9) for i in range(4)]
+    sequences = [driver.sequence(prompt) for prompt in prompts]
+    driver.logits((sequences[1], 8), (sequences[3], 8))
+    sizes = [9, 1, 5, 1]
+    chunks = [driver.chunk(sequence, size) for sequence, size in zip(sequences, sizes, strict=True)]
+    chunks[2] = Chunk(sequences[2], 0, 5, wants_token=False)
+    got = driver.runner.run(build_batch(chunks, BLOCK))
+    expected = [world.reference(None, prompts[i])[8].argmax().item() for i in (0, 1, 3)]
+    assert got == expected
+
+
+def test_a_step_of_which_nobody_wants_a_token_runs(world: World) -> None:
+    driver = Driver(world.loaded)
+    sequence = driver.sequence(tokens_of(99, 9))
+    driver.chunk(sequence, 9)
+    assert driver.runner.run(build_batch([Chunk(sequence, 0, 5, wants_token=False)], BLOCK)) == []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import SamplingColumns
-from engine.sampler import filtered, sample, uniform
+from engine.sampler import LogitsNotFinite, filtered, sample, uniform
 
 
 def columns(*rows: dict[str, float], index: int = 0) -> SamplingColumns:
@@ -154,3 +154,23 @@ def test_a_filtered_token_is_never_drawn_at_the_ends_of_the_unit_interval(
         )
         assert sample(logits, columns({})).item() == (0 if u == 0 else 2)
         assert sample(logits, columns({"top_k": 2})).item() == (0 if u == 0 else 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings_of_row", [{"temperature": 0}, {}, {"top_p": 0.9}], ids=str)
+def test_a_row_without_finite_logits_is_refused_by_number(
+    bad: float, settings_of_row: dict[str, float]
+) -> None:
+    logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(5))
+    logits[1, 40] = bad
+    with pytest.raises(LogitsNotFinite) as caught:
+        sample(logits, columns(*[settings_of_row] * 3))
+    assert caught.value.rows == [1]
+
+
+def test_a_forbidden_token_may_have_a_logit_of_minus_infinity() -> None:
+    logits = torch.full((1, 100), float("-inf"))
+    logits[0, 7] = 0.5
+    assert [sample(logits, columns(row)).item() for row in ({"temperature": 0}, {}, {"top_p": 0.5})] == [
+        7
+    ] * 3
