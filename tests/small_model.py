@@ -78,11 +78,12 @@ def save_small_model(folder: Path, *, seed: int = 1) -> Path:
     """`small_model` as a Hugging Face folder, with a tokenizer that knows the words w0 to w49."""
     folder.mkdir(parents=True, exist_ok=True)
     model = small_model(seed=seed)
-    tensors = {"model.embed_tokens.weight": model.decoder.embed, "model.norm.weight": model.decoder.norm}
+    tensors = {"model.embed_tokens.weight": model.decoder.embed}
+    tensors["model.norm.weight"] = model.decoder.norm.weight
     for index, layer in enumerate(model.decoder.layers):
         prefix = f"model.layers.{index}"
-        tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.post_norm
+        tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm.weight
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.post_norm.weight
         for group, modules in GROUP_MODULES.items():
             sizes = [module_shape(CONFIG, module)[0] for module in modules]
             for module, weight in zip(modules, getattr(layer, group).weight.split(sizes), strict=True):
