@@ -42,7 +42,7 @@ def small_model(
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(config)
     for name, parameter in decoder.named_parameters():
-        if name.endswith("norm"):
+        if name.endswith("norm.weight"):
             parameter.data = 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
         else:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15

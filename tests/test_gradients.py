@@ -6,7 +6,8 @@ import kernels
 from kernels import reference
 from kernels.reference import rope_angles
 
-COS, SIN = rope_angles(torch.arange(7), 10.0 ** -torch.linspace(0, 3, 4), torch.float64)
+FREQUENCIES = 10.0 ** -torch.linspace(0, 3, 4)
+COS, SIN = rope_angles(torch.arange(7), torch.cat((-FREQUENCIES, FREQUENCIES)), torch.float64)
 WEIGHT = torch.linspace(0.5, 1.5, 16, dtype=torch.float64)
 OPS = {
     "rms_norm": (lambda room, x: room.rms_norm(x, WEIGHT.to(x.dtype), 1e-5), (7, 16)),
