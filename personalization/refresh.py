@@ -1,6 +1,10 @@
 """One refresh, from a person's turns to the version that answers next:
 store → examples → train → gate → publish.
 
+It starts from the serving version, unless the person has since taken out a turn that this one learned from:
+then from the newest version that has not seen such a turn (see `lineage.py`), and the serving one is left
+whatever the gate says.
+
 Many people share one training batch. Each one's end is their own: a history that cannot be read or a full
 disk fails that person and nobody else.
 """
@@ -8,18 +12,28 @@ disk fails that person and nobody else.
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
 from engine.adapter_files import version_folder
+from personalization import lineage
 from personalization.examples import split
 from personalization.gate import GatePolicy
 from personalization.history import Turn, learned
 from personalization.prompt import Example, Renderer
-from personalization.publish import Origin, Shelf, Superseded, note_refusal, publish
+from personalization.publish import (
+    AdapterError,
+    Origin,
+    Shelf,
+    Superseded,
+    UnknownVersion,
+    note_refusal,
+    publish,
+    rollback,
+)
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.train import Recipe
 from personalization.trainer import Judged, Judging, Progress, Task, Trainer
@@ -101,6 +115,7 @@ class Kit:
 class _Prepared:
     user: str
     pointer: Pointer
+    start: int  # the version that is carried on; another than the pointer's when that one is marked
     task: Task
     trained_turns: tuple[str, ...]
     all_turns: tuple[str, ...]
@@ -154,35 +169,51 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     pointer = await kit.store.pointer(user)
     turns = await kit.store.turns(user)
     records = await kit.store.versions(user)
-    lesson = await asyncio.to_thread(choose, turns, records, pointer.version, kit.renderer, kit.policy)
+    start = lineage.start(records, {turn.id for turn in turns if learned(turn)}, pointer.version)
+    lesson = await asyncio.to_thread(choose, turns, records, start, kit.renderer, kit.policy)
     found, needed = len(lesson.all_turns), kit.policy.minimum_turns
     if found < needed:
+        reason = f"not enough turns yet: {found} of {needed} to learn from"
+        if start != pointer.version:
+            return await _leave(user, pointer, start, kit, reason)
         return Outcome(
             user,
             "failed",
             before=pointer.version,
             after=pointer.version,
-            reason=f"not enough turns yet: {found} of {needed} to learn from",
+            reason=reason,
             code="not_enough_turns",
         )
     if not lesson.train:
         await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
-        return Outcome(
-            user,
-            "completed",
-            before=pointer.version,
-            after=pointer.version,
-            reason=f"nothing new to learn since version {pointer.version}",
-        )
+        reason = f"nothing new to learn since version {start}"
+        if start != pointer.version:
+            return await _leave(user, pointer, start, kit, reason)
+        return Outcome(user, "completed", before=start, after=start, reason=reason)
     adapter_id = kit.store.adapter_id(user)
     task = Task(
         id=adapter_id,
         train=lesson.train,
         gate=lesson.gate,
-        serving=version_folder(kit.shelf.root, adapter_id, pointer.version) if pointer.version else None,
+        serving=version_folder(kit.shelf.root, adapter_id, start) if start else None,
         seed=_seed(adapter_id, pointer),
     )
-    return _Prepared(user, pointer, task, lesson.trained_turns, lesson.all_turns)
+    return _Prepared(user, pointer, start, task, lesson.trained_turns, lesson.all_turns)
+
+
+async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:
+    """Nothing better came of it, but the serving version has seen what it should not: `start` answers
+    again, or the base should its files be gone."""
+    try:
+        await rollback(kit.shelf, kit.store, user, start, before=pointer)
+    except (UnknownVersion, AdapterError):
+        start = 0
+        await rollback(kit.shelf, kit.store, user, start, before=pointer)
+    instead = f"version {start}" if start else "the base model"
+    left = f"version {pointer.version} had learned from turns since taken out, {instead} answers again"
+    return Outcome(
+        user, "completed", before=pointer.version, after=start, reason=f"{left}; {reason}", code="left"
+    )
 
 
 async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
@@ -194,6 +225,7 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
         base_hash=judged.base_hash,
         created_at=kit.clock(),
         reason=verdict.reason,
+        parent=prepared.start,
         examples=len(prepared.task.train),
         turn_ids=prepared.trained_turns,
         numbers=numbers,
@@ -208,6 +240,8 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
     else:
         await note_refusal(kit.store, user, origin, pointer)
     await kit.store.mark_refreshed(user, prepared.all_turns, epoch=pointer.epoch)
+    if not verdict.accepted and prepared.start != pointer.version:
+        return replace(await _leave(user, pointer, prepared.start, kit, verdict.reason), numbers=numbers)
     return Outcome(
         user,
         "completed",
@@ -232,12 +266,13 @@ class Lesson:
 def choose(
     turns: Sequence[Turn],
     records: Sequence[VersionRecord],
-    serving: int,
+    start: int,
     renderer: Renderer,
     policy: RefreshPolicy,
 ) -> Lesson:
-    """What the next version learns: all turns that the serving version and its ancestors never saw, and for
-    each token of those `replay` tokens of rows of the older ones, drawn at random. Pure."""
+    """What the next version, carried on from `start`, learns: all turns that this one and its ancestors never
+    saw, and for each token of those `replay` tokens of rows of the older ones, drawn at random. A turn that
+    the person took out is in no row, not even as context. Pure."""
     gate_tokens = min(policy.gate_tokens, renderer.context_length)
     whole = split(
         turns,
@@ -247,11 +282,11 @@ def choose(
         gate_fraction=policy.gate_fraction,
     )
     trained = whole.train_turns[-policy.most_turns :]
-    old, new = _by_age(turns, set(trained), _seen(records, serving))
+    old, new = _by_age(turns, set(trained), lineage.seen(records, start))
     train = _rows(new, renderer, policy)
     room = policy.replay * sum(len(row.token_ids) for row in train)
     replayed = _rows(old, renderer, policy) if room else []
-    random.Random(serving).shuffle(replayed)
+    random.Random(start).shuffle(replayed)
     for row in replayed:
         if room <= 0:
             break
@@ -260,23 +295,17 @@ def choose(
     return Lesson(train, whole.gate, trained, (*whole.train_turns, *whole.gate_turns))
 
 
-def _seen(records: Sequence[VersionRecord], serving: int) -> set[str]:
-    """The turns that the serving version or one it was carried on from was trained on."""
-    by_version = {record.version: record for record in records}
-    seen: set[str] = set()
-    while (record := by_version.pop(serving, None)) is not None:
-        seen.update(record.turn_ids)
-        serving = record.parent
-    return seen
-
-
-def _by_age(turns: Sequence[Turn], trainable: set[str], seen: set[str]) -> tuple[list[Turn], list[Turn]]:
+def _by_age(
+    turns: Sequence[Turn], trainable: set[str], seen: Collection[str]
+) -> tuple[list[Turn], list[Turn]]:
     """Trainable turns that were seen and that were not, each with the unlearned turns that follow it, which
     are its context. Turns held out, and what follows them, are in neither."""
     old: list[Turn] = []
     new: list[Turn] = []
     place: list[Turn] | None = new if not seen else old
     for turn in sorted(turns, key=lambda turn: turn.at):
+        if turn.removed:
+            continue
         if learned(turn):
             if turn.id not in trainable:
                 place = None

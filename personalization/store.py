@@ -141,6 +141,10 @@ class Store:
             return []
         return await self._read_turns(user, self._redis.zrange(self._key(user, "order"), -limit, -1))
 
+    async def turns_named(self, user: str, turn_ids: Sequence[str]) -> list[Turn]:
+        """Those of the turns that there are, in the order of their names."""
+        return await self._join_turns(user, [turn_id.encode() for turn_id in turn_ids])
+
     async def conversation(self, user: str, conversation_id: str) -> list[Turn]:
         """One conversation, oldest first; empty if there is none of that name."""
         key = self._key(user, lua.CONVERSATION_PART + conversation_id)
@@ -206,6 +210,11 @@ class Store:
     async def learned_count(self, user: str) -> int:
         """How many turns there are to learn from."""
         return int(await self._ask(self._redis.scard(self._key(user, "learned"))))
+
+    async def learned_ids(self, user: str) -> set[str]:
+        """The ids of the turns to learn from."""
+        ids = await self._ask(self._redis.smembers(self._key(user, "learned")))
+        return {turn_id.decode() for turn_id in ids}
 
     async def learned_since_refresh(self, user: str) -> int:
         """How many of them no refresh has seen."""

@@ -12,7 +12,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from personalization.history import Turn, dump, learned, parse
-from personalization.store import Store, UnknownTurn, VersionRecord
+from personalization.lineage import marks
+from personalization.store import Pointer, Store, UnknownTurn, VersionRecord
 from service.auth import TICKET_SECONDS, checked_user
 from service.errors import BadRequest, Conflict, Forbidden, NotAuthenticated, NotFound
 from service.http import Door, address, json_response, read_json, read_limited
@@ -67,6 +68,7 @@ class AttuneApi:
             Route("/attune/conversations", self.conversations, methods=["GET"]),
             Route("/attune/conversations/{conversation:path}", self.conversation, methods=["GET"]),
             Route("/attune/versions", self.versions, methods=["GET"]),
+            Route("/attune/versions/{version:int}/turns", self.version_turns, methods=["GET"]),
             Route("/attune/rollback", self.rollback, methods=["POST"]),
             Route("/attune/refresh", self.refresh, methods=["POST"]),
             Route("/attune/import", self.import_history, methods=["POST"]),
@@ -205,12 +207,27 @@ class AttuneApi:
         user = (await self._door.person(request)).user
         pointer = await self._store.pointer(user)
         records = await self._store.versions(user)
+        marked = marks(records, await self._store.learned_ids(user))
         return json_response(
             {
                 "serving": pointer.version,
-                "versions": [version_shown(each, serving=pointer.version) for each in reversed(records)],
+                "versions": [
+                    version_shown(each, pointer, marked.get(each.version, frozenset()))
+                    for each in reversed(records)
+                ],
             }
         )
+
+    async def version_turns(self, request: Request) -> Response:
+        """What one version, published or refused, was trained on, oldest first. `learned` says of each turn
+        whether the next one may learn it too."""
+        user = (await self._door.person(request)).user
+        version = request.path_params["version"]
+        record = next((each for each in await self._store.versions(user) if each.version == version), None)
+        if record is None:
+            raise NotFound(f"no version {version}", code="version_not_found")
+        turns = await self._store.turns_named(user, record.turn_ids)
+        return json_response({"version": version, "turns": [turn_shown(turn) for turn in turns]})
 
     async def rollback(self, request: Request) -> Response:
         user = (await self._door.person(request)).user
@@ -240,15 +257,17 @@ def turn_shown(turn: Turn) -> dict[str, Any]:
     }
 
 
-def version_shown(record: VersionRecord, *, serving: int) -> dict[str, Any]:
+def version_shown(record: VersionRecord, pointer: Pointer, gone: frozenset[str]) -> dict[str, Any]:
+    """`marked` counts the turns it has seen, or its ancestors, that are not to be learned any more."""
     return {
         "version": record.version,
         "parent": record.parent,
         "created_at": record.created_at,
         "accepted": record.accepted,
-        "serving": record.version == serving,
+        "serving": record.version == pointer.version,
         "reason": record.reason,
         "numbers": dict(record.numbers),
         "examples": record.examples,
         "turns": len(record.turn_ids),
+        "marked": len(gone),
     }

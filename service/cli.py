@@ -21,6 +21,7 @@ import typer
 
 from engine.client import EngineClient, EngineError
 from personalization.history import InvalidTurn, dump
+from personalization.lineage import marks
 from personalization.store import Store, StoreError, VersionRecord, connect
 from service import logs, operations, processes
 from service.actions import Actions, NotPossible
@@ -281,21 +282,32 @@ def refresh(
 
 @app.command()
 def adapters(user: User, data: Data = None, as_json: Json = False) -> None:
-    """List a person's adapter versions; * marks the one that answers."""
+    """List a person's adapter versions; * is the one that answers, ! has learned from turns taken out
+    since."""
 
-    async def run(store: Store, _: Actions) -> tuple[int, list[VersionRecord]]:
-        return (await store.pointer(user)).version, await store.versions(user)
+    async def run(store: Store, _: Actions) -> tuple[int, list[VersionRecord], set[str]]:
+        return (
+            (await store.pointer(user)).version,
+            await store.versions(user),
+            await store.learned_ids(user),
+        )
 
-    serving, records = with_store(data, run)
+    serving, records, learnable = with_store(data, run)
+    marked = marks(records, learnable)
     lines = [
-        f"{'*' if record.version == serving else ' '} {record.version:>4}  "
-        f"{record.created_at:%Y-%m-%d %H:%M}  "
+        f"{'*' if record.version == serving else ' '}{'!' if record.version in marked else ' '}"
+        f"{record.version:>4}  {record.created_at:%Y-%m-%d %H:%M}  "
         f"{'accepted' if record.accepted else 'refused '}  {record.reason}"
+        + (f"; {len(marked[record.version])} turns taken out since" if record.version in marked else "")
         for record in records
     ]
     if serving == 0:
         lines.insert(0, "*    0  the bare base model")
-    versions = [asdict(record) | {"created_at": record.created_at.isoformat()} for record in records]
+    versions = [
+        asdict(record)
+        | {"created_at": record.created_at.isoformat(), "marked": sorted(marked.get(record.version, ()))}
+        for record in records
+    ]
     answer({"user": user, "serving": serving, "versions": versions}, "\n".join(lines), as_json=as_json)
 
 

@@ -234,7 +234,7 @@ async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store):
 async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shelf, store):
     adapter_id = await known(store)
     folder = shelf.root / adapter_id / "1"
-    room._place(folder, weights(), room._meta(1, 0, ORIGIN), CONFIG)
+    room._place(folder, weights(), room._meta(1, ORIGIN), CONFIG)
     assert await store.next_version("ann") == 1
     assert await store.compare_and_set("ann", 0, 1)
     await room.tidy(shelf, store, now=time.time() + 7200)
