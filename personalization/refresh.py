@@ -37,6 +37,7 @@ from personalization.publish import (
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.train import Recipe
 from personalization.trainer import Judged, Judging, Progress, Task, Trainer
+from personalization.when import EXPECTED, curve
 
 _Result = TypeVar("_Result")
 
@@ -47,10 +48,9 @@ End = Callable[["Outcome"], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class RefreshPolicy:
-    """When and how to learn. Turns are learned turns.
+    """How to learn. Turns are learned turns.
 
     minimum_turns   before that many there is no adapter: context alone serves better
-    auto_after      new turns that start a refresh by themselves; 0: never
     gate_fraction   of the newest turns, held out for the gate
     gate_tokens     of a gate row, most of it the context before the turns that are judged
     row_tokens      most tokens of a training row: whole conversations, as an adapter adds to their context
@@ -59,7 +59,6 @@ class RefreshPolicy:
     """
 
     minimum_turns: int = 50
-    auto_after: int = 50
     gate_fraction: float = 0.1
     gate_tokens: int = 1024
     row_tokens: int = 512
@@ -119,6 +118,7 @@ class _Prepared:
     task: Task
     trained_turns: tuple[str, ...]
     all_turns: tuple[str, ...]
+    expected_gain: float
 
 
 async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: bool = False) -> None:
@@ -198,7 +198,9 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
         serving=version_folder(kit.shelf.root, adapter_id, start) if start else None,
         seed=_seed(adapter_id, pointer),
     )
-    return _Prepared(user, pointer, start, task, lesson.trained_turns, lesson.all_turns)
+    known = len(lineage.seen(records, start).intersection(lesson.all_turns))
+    expected = curve(len(lesson.all_turns)) - curve(known)
+    return _Prepared(user, pointer, start, task, lesson.trained_turns, lesson.all_turns, expected)
 
 
 async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:
@@ -219,7 +221,7 @@ async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str)
 async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
     """Publish what the gate accepted, keep the numbers of what it refused."""
     user, pointer, verdict = prepared.user, prepared.pointer, judged.verdict
-    numbers = judged.numbers | verdict.numbers
+    numbers = judged.numbers | verdict.numbers | {EXPECTED: prepared.expected_gain}
     origin = Origin(
         base_model=kit.model_name,
         base_hash=judged.base_hash,

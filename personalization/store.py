@@ -42,6 +42,7 @@ from personalization.store_records import (
     LeaseLost,
     Pointer,
     ResponseRecord,
+    Standing,
     StoreError,
     StoreUnavailable,
     UnknownResponse,
@@ -58,6 +59,7 @@ __all__ = [
     "LeaseLost",
     "Pointer",
     "ResponseRecord",
+    "Standing",
     "Store",
     "StoreError",
     "StoreUnavailable",
@@ -219,6 +221,26 @@ class Store:
     async def learned_since_refresh(self, user: str) -> int:
         """How many of them no refresh has seen."""
         return int(await self._ask(self._redis.scard(self._key(user, "fresh"))))
+
+    async def standing(self, user: str) -> Standing:
+        """What decides when the next refresh pays (see `when.py`); cheap enough to ask after each reply."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.scard(self._key(user, "learned"))
+        pipe.scard(self._key(user, "fresh"))
+        pipe.hget(self._life(user), "version")
+        pipe.hget(self._key(user, "pointer"), "version")
+        learned, fresh, newest, serving = await self._ask(pipe.execute())
+        named = [newest or b"0", serving or b"0"]
+        bodies = await self._ask(self._redis.hmget(self._key(user, "versions"), named))
+        last, serves = (
+            None if body is None else _read_version(int(version), body)
+            for version, body in zip(named, bodies, strict=True)
+        )
+        marked = False
+        if serves is not None and serves.turn_ids:
+            may = self._redis.smismember(self._key(user, "learned"), list(serves.turn_ids))
+            marked = not all(await self._ask(may))
+        return Standing(learned, fresh, last, marked)
 
     async def mark_refreshed(self, user: str, turn_ids: Iterable[str], *, epoch: int | None = None) -> None:
         """A refresh has seen these turns, whether the gate then accepted its result or not."""

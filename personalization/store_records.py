@@ -98,6 +98,18 @@ class VersionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How a person stands between two refreshes. `learned`: turns there are to learn from; `fresh`: those of
+    them that no refresh has seen; `newest`: the record of the last refresh, whatever came of it; `marked`:
+    the serving version was trained on a turn that is not to be learned any more."""
+
+    learned: int
+    fresh: int
+    newest: VersionRecord | None
+    marked: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Forgotten:
     """What `forget` took out of Redis; `epoch` is the person's new one."""
 

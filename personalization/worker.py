@@ -31,6 +31,7 @@ from personalization.publish import FREE_BYTES_FLOOR, Shelf, tidy
 from personalization.refresh import Kit, Outcome, RefreshPolicy, refresh
 from personalization.store import Store, connect
 from personalization.trainer import Trainer, TrainerDied, TrainerSettings
+from personalization.when import When, due_tonight
 
 log = structlog.get_logger()
 
@@ -38,7 +39,7 @@ log = structlog.get_logger()
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """`data`: the adapters are in data/adapters. `secret`: the store's. `nightly_hour`: local, None for
-    never; people with `nightly_turns` new turns are then refreshed, spread over `nightly_spread_s`."""
+    never; those for whom it pays (`when`) are then refreshed, spread over `nightly_spread_s`."""
 
     data: Path
     redis_url: str
@@ -54,14 +55,9 @@ class WorkerSettings:
     sweep_s: int = 5
     idle_trainer_s: float = 600.0
     nightly_hour: int | None = 3
-    nightly_turns: int = 1
+    when: When = field(default_factory=When)
     nightly_spread_s: float = 1800.0
     free_bytes_floor: int = FREE_BYTES_FLOOR
-
-
-def should_refresh(learned_since: int, policy: RefreshPolicy) -> bool:
-    """Whether that many new learned turns start a refresh by themselves."""
-    return 0 < policy.auto_after <= learned_since
 
 
 # ---------------------------------------------------------------- working
@@ -216,21 +212,23 @@ def _given_up(job: Job) -> dict[str, Any]:
 
 
 async def run_nightly(context: dict[str, Any]) -> int:
-    """The nightly job: ask for everyone with something new, in groups that fill a batch, spread over a
-    while."""
+    """The nightly job: ask for everyone for whom it pays, in groups that fill a batch, spread over a while;
+    those who are expected to gain most come first."""
     settings: WorkerSettings = context["settings"]
+    queue: RefreshQueue = context["queue"]
     store: Store = context["store"]
-    due = [
-        user
-        async for user in store.users()
-        if await store.learned_since_refresh(user) >= settings.nightly_turns
-        and await store.learned_count(user) >= settings.policy.minimum_turns
-    ]
-    due.sort(key=store.adapter_id)
-    for first in range(0, len(due), settings.gather_people):
-        at = int(time.time() + context["random"].uniform(0, settings.nightly_spread_s))
+    now = datetime.now(UTC)
+    gains = {}
+    async for user in store.users():
+        answer = due_tonight(await store.standing(user), now, settings.when)
+        if answer.due:
+            gains[user] = answer.gain
+    due = sorted(gains, key=lambda user: (-gains[user], store.adapter_id(user)))
+    groups = range(0, len(due), settings.gather_people)
+    starts = sorted(time.time() + context["random"].uniform(0, settings.nightly_spread_s) for _ in groups)
+    for first, at in zip(groups, starts, strict=True):
         for user in due[first : first + settings.gather_people]:
-            await request_refresh(context["queue"], store, user, "nightly", jobs=settings.jobs, scheduled=at)
+            await request_refresh(queue, store, user, "nightly", jobs=settings.jobs, scheduled=int(at))
     await tidy(context["shelf"], store)
     return len(due)
 

@@ -115,7 +115,7 @@ class AttuneApi:
                 },
                 "learned_turns": await self._store.learned_count(user),
                 "learned_since_refresh": await self._store.learned_since_refresh(user),
-                "auto_refresh_after": services.session.options.auto_refresh_after,
+                "auto_refresh_after": services.session.options.when.after_turns,
                 "refresh": await self._store.progress(user),
                 "limits": {
                     "replies_per_user": limits.replies_per_user,

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from engine.client import EngineClient
 from personalization.prompt import Renderer
 from personalization.store import Store, connect
+from personalization.when import When
 from service import protocol
 from service.actions import Actions
 from service.app import GatewayDeps, GatewayOptions, build_app
@@ -77,7 +78,7 @@ def session_options(settings: Settings) -> SessionOptions:
     return SessionOptions(
         temperature=_number(given.get("temperature"), plain.temperature),
         top_p=_number(given.get("top_p"), plain.top_p),
-        auto_refresh_after=settings.auto_refresh_after,
+        when=When(after_turns=settings.auto_refresh_after),
     )
 
 

@@ -112,7 +112,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         model_folder=Path(settings.model),
         model_name=settings.shown_model,
         secret=read_or_create_secret(settings.secret_path),
-        policy=RefreshPolicy(auto_after=settings.auto_refresh_after),
+        policy=RefreshPolicy(),
         threads=settings.train_threads,
         device=settings.device,
         nightly_hour=settings.nightly_hour,

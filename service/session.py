@@ -21,6 +21,7 @@ from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingPa
 from personalization.history import Turn
 from personalization.prompt import Prompt, PromptTooLong, Renderer
 from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable
+from personalization.when import When, due_now
 from service.errors import BadRequest, Conflict, ContextTooLong, ModelNotFound, Unavailable
 from service.generation import FellBack, Generation
 from service.input import Said, brought_turns, checked_turn
@@ -46,7 +47,7 @@ class SessionOptions:
     temperature: float = 0.8
     top_p: float = 0.95
     max_output_tokens: int = 256
-    auto_refresh_after: int = 50  # learned turns; 0: never by itself
+    when: When = field(default_factory=When)  # a refresh starts by itself
     engine_patience: float = 120.0
 
 
@@ -237,12 +238,12 @@ class Session:
         return finished
 
     async def _maybe_refresh(self, user: str) -> None:
-        """Ask for a refresh once enough was said that no refresh has seen. It never costs the reply."""
-        if not self.options.auto_refresh_after:
+        """Ask for a refresh once it pays. It never costs the reply."""
+        if not self.options.when.after_turns:
             return
         try:
-            fresh = await self.health.ask(lambda: self.store.learned_since_refresh(user))
-            if fresh >= self.options.auto_refresh_after:
+            standing = await self.health.ask(lambda: self.store.standing(user))
+            if due_now(standing, self.options.when).due:
                 await self.refresh(user, "turns")
         except StoreUnavailable:
             pass
