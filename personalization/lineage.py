@@ -30,9 +30,9 @@ def marks(records: Sequence[VersionRecord], learnable: Collection[str]) -> dict[
 
 def start(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> int:
     """The version that the next one is carried on from: the serving one, or when that is marked the newest
-    published one below it that is not; 0, the base, when there is none."""
+    published one below it that is not, nor was rolled back; 0, the base, when there is none."""
     marked = marks(records, learnable)
     if serving not in marked:
         return serving
-    clean = (each.version for each in records if each.accepted and each.version not in marked)
+    clean = (each.version for each in records if each.usable and each.version not in marked)
     return max((version for version in clean if version < serving), default=0)

@@ -25,6 +25,7 @@ import torch
 from engine.adapter_files import AdapterError, LoraWeights, read_adapter, version_folder, write_adapter
 from engine.model import ModelConfig
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
+from personalization.trial import ended
 
 META_FILE = "attune.json"
 _ASIDE = ".aside-"
@@ -97,9 +98,18 @@ class Shelf:
 
 
 async def publish(
-    shelf: Shelf, store: Store, user: str, weights: LoraWeights, origin: Origin, before: Pointer
+    shelf: Shelf,
+    store: Store,
+    user: str,
+    weights: LoraWeights,
+    origin: Origin,
+    before: Pointer,
+    *,
+    share: float = 0.0,
 ) -> int:
     """Make `weights` the person's next version, if the one of `before` still serves. Returns its number.
+    `share` above 0: it answers so many of their replies on trial, until what they say of those decides
+    (`trial.py`). A trial that is under way is over.
 
     Raises DiskFull, AdapterError (the weights are not fit to be served), Superseded, HistoryForgotten.
     """
@@ -108,7 +118,12 @@ async def publish(
     folder = version_folder(shelf.root, store.adapter_id(user), version)
     meta = _meta(version, origin)
     await asyncio.to_thread(_place, folder, weights, meta, shelf.config)
-    if not await store.compare_and_set(user, before.version, version, epoch=before.epoch):
+    end = None if before.trial is None else ended(before, "replaced", origin.created_at)
+    if share:
+        moved = await store.begin_trial(user, before.version, version, share, epoch=before.epoch, end=end)
+    else:
+        moved = await store.compare_and_set(user, before.version, version, epoch=before.epoch, end=end)
+    if not moved:
         await asyncio.to_thread(_take_away, folder)
         if (await store.pointer(user)).epoch != before.epoch:
             raise HistoryForgotten(user)
@@ -134,7 +149,8 @@ async def rollback(
     shelf: Shelf, store: Store, user: str, version: int, *, before: Pointer | None = None
 ) -> Pointer:
     """Let `version` (0: the bare base) serve again, if the one of `before` (None: whichever) still does;
-    returns the pointer as it was. Raises UnknownVersion, AdapterError, Superseded."""
+    returns the pointer as it was. A trial is over by it, in favour of its version if that is the one.
+    Raises UnknownVersion, AdapterError, Superseded."""
     before = before or await store.pointer(user)
     if version != 0:
         record = next((each for each in await store.versions(user) if each.version == version), None)
@@ -144,7 +160,8 @@ async def rollback(
         if not folder.is_dir():
             raise UnknownVersion(version, "its files are gone")
         await asyncio.to_thread(read_adapter, folder, shelf.config)
-    if not await store.compare_and_set(user, before.version, version, epoch=before.epoch):
+    end = None if before.trial is None else ended(before, "by hand", datetime.now(UTC))
+    if not await store.compare_and_set(user, before.version, version, epoch=before.epoch, end=end):
         raise Superseded(before.version)
     return before
 

@@ -37,6 +37,7 @@ from personalization.publish import (
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.train import Recipe
 from personalization.trainer import Judged, Judging, Progress, Task, Trainer
+from personalization.trial import ended
 from personalization.when import EXPECTED, curve
 
 _Result = TypeVar("_Result")
@@ -55,6 +56,7 @@ class RefreshPolicy:
     gate_tokens     of a gate row, most of it the context before the turns that are judged
     row_tokens      most tokens of a training row: whole conversations, as an adapter adds to their context
     most_turns      the newest turns that are trained on; further back a history pays less than it costs
+    trial_share     of the replies, that a new version answers on trial at first; 0: all of them at once
     replay          tokens of older turns trained with each token of new ones, when a version is carried on
     """
 
@@ -63,6 +65,7 @@ class RefreshPolicy:
     gate_tokens: int = 1024
     row_tokens: int = 512
     most_turns: int = 400
+    trial_share: float = 0.0
     replay: float = 1.0
     recipe: Recipe = field(default_factory=Recipe)
     gate: GatePolicy = field(default_factory=GatePolicy)
@@ -75,6 +78,7 @@ class Outcome:
     user: str
     state: str  # completed | failed | forgotten
     published: bool = False
+    trial: bool = False
     before: int = 0
     after: int = 0
     reason: str = ""
@@ -91,6 +95,7 @@ class Outcome:
                 "from": self.before,
                 "to": self.after,
                 "published": self.published,
+                "trial": self.trial,
                 "numbers": self.numbers,
                 "reason": self.reason,
             }
@@ -169,7 +174,11 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     pointer = await kit.store.pointer(user)
     turns = await kit.store.turns(user)
     records = await kit.store.versions(user)
-    start = lineage.start(records, {turn.id for turn in turns if learned(turn)}, pointer.version)
+    learnable = {turn.id for turn in turns if learned(turn)}
+    start = lineage.start(records, learnable, pointer.version)
+    if pointer.trial is not None and pointer.trial.version in lineage.marks(records, learnable):
+        await kit.store.end_trial(user, ended(pointer, "taken out", kit.clock()), epoch=pointer.epoch)
+        pointer = replace(pointer, trial=None)
     lesson = await asyncio.to_thread(choose, turns, records, start, kit.renderer, kit.policy)
     found, needed = len(lesson.all_turns), kit.policy.minimum_turns
     if found < needed:
@@ -234,9 +243,11 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
         seed=prepared.task.seed,
     )
     after, reason = pointer.version, verdict.reason
+    # What the person wants gone does not answer beside the new version, not even for a while.
+    share = kit.policy.trial_share if prepared.start == pointer.version else 0.0
     if verdict.accepted:
         try:
-            after = await publish(kit.shelf, kit.store, user, judged.weights, origin, pointer)
+            after = await publish(kit.shelf, kit.store, user, judged.weights, origin, pointer, share=share)
         except Superseded as error:
             after, reason = (await kit.store.pointer(user)).version, str(error)
     else:
@@ -248,6 +259,7 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
         user,
         "completed",
         published=verdict.accepted and reason == verdict.reason,
+        trial=verdict.accepted and reason == verdict.reason and share > 0,
         before=pointer.version,
         after=after,
         reason=reason,

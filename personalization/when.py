@@ -91,7 +91,7 @@ def due_tonight(standing: Standing, now: datetime, policy: When) -> Due:
     """Asked each night of everyone. A version that has seen what was taken out is always due."""
     gain = expected_gain(standing, policy)
     if standing.marked:
-        return Due(True, gain, "turns were taken out that the serving version has seen")
+        return Due(True, gain, "turns were taken out that the version that answers has seen")
     hindrance = _hindrance(standing, policy)
     if hindrance:
         return Due(False, gain, hindrance)
@@ -107,6 +107,8 @@ def _hindrance(standing: Standing, policy: When) -> str:
         return f"not enough turns yet: {standing.learned} of {policy.minimum_turns} to learn from"
     if not standing.fresh:
         return "nothing new"
+    if standing.trial:
+        return "a version is on trial"
     return ""
 
 

@@ -31,6 +31,7 @@ from personalization.publish import FREE_BYTES_FLOOR, Shelf, tidy
 from personalization.refresh import Kit, Outcome, RefreshPolicy, refresh
 from personalization.store import Store, connect
 from personalization.trainer import Trainer, TrainerDied, TrainerSettings
+from personalization.trial import TrialPolicy, settle
 from personalization.when import When, due_tonight
 
 log = structlog.get_logger()
@@ -56,6 +57,7 @@ class WorkerSettings:
     idle_trainer_s: float = 600.0
     nightly_hour: int | None = 3
     when: When = field(default_factory=When)
+    trial: TrialPolicy = field(default_factory=TrialPolicy)
     nightly_spread_s: float = 1800.0
     free_bytes_floor: int = FREE_BYTES_FLOOR
 
@@ -213,13 +215,14 @@ def _given_up(job: Job) -> dict[str, Any]:
 
 async def run_nightly(context: dict[str, Any]) -> int:
     """The nightly job: ask for everyone for whom it pays, in groups that fill a batch, spread over a while;
-    those who are expected to gain most come first."""
+    those who are expected to gain most come first. Trials that have lasted too long end."""
     settings: WorkerSettings = context["settings"]
     queue: RefreshQueue = context["queue"]
     store: Store = context["store"]
     now = datetime.now(UTC)
     gains = {}
     async for user in store.users():
+        await settle(store, user, settings.trial, now)
         answer = due_tonight(await store.standing(user), now, settings.when)
         if answer.due:
             gains[user] = answer.gain

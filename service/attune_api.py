@@ -14,6 +14,7 @@ from starlette.routing import Route
 from personalization.history import Turn, dump, learned, parse
 from personalization.lineage import marks
 from personalization.store import Pointer, Store, UnknownTurn, VersionRecord
+from personalization.trial import shown, tally
 from service.auth import TICKET_SECONDS, checked_user
 from service.errors import BadRequest, Conflict, Forbidden, NotAuthenticated, NotFound
 from service.http import Door, address, json_response, read_json, read_limited
@@ -211,12 +212,26 @@ class AttuneApi:
         return json_response(
             {
                 "serving": pointer.version,
+                "trial": await self._trial_shown(user, pointer),
                 "versions": [
                     version_shown(each, pointer, marked.get(each.version, frozenset()))
                     for each in reversed(records)
                 ],
             }
         )
+
+    async def _trial_shown(self, user: str, pointer: Pointer) -> dict[str, Any] | None:
+        trial, policy = pointer.trial, self._services.session.options.trial
+        if trial is None:
+            return None
+        counted = await tally(self._store, user, pointer)
+        return {
+            "version": trial.version,
+            "share": trial.share,
+            "since": trial.since,
+            "needed": policy.replies,
+            **shown(counted),
+        }
 
     async def version_turns(self, request: Request) -> Response:
         """What one version, published or refused, was trained on, oldest first. `learned` says of each turn
@@ -270,4 +285,6 @@ def version_shown(record: VersionRecord, pointer: Pointer, gone: frozenset[str])
         "examples": record.examples,
         "turns": len(record.turn_ids),
         "marked": len(gone),
+        "on_trial": pointer.trial is not None and record.version == pointer.trial.version,
+        "trial": record.trial,
     }

@@ -188,6 +188,32 @@ async def test_after_a_learned_turn_is_taken_out_the_next_version_starts_where_i
 
 
 @on_one_loop
+async def test_a_new_version_goes_on_trial_where_that_is_wanted(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    trying = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, trial_share=0.25))
+    await store.append("ann", talk("ann", 40, first=40))
+    ended, _ = await run(["ann"], trying)
+    outcome = ended["ann"]
+    assert (outcome.published, outcome.trial, outcome.before, outcome.after) == (True, True, 1, 2)
+    assert outcome.message()["trial"] is True
+    pointer = await store.pointer("ann")
+    assert (pointer.version, pointer.trial and pointer.trial.version) == (1, 2)
+    # What the one on trial learned from is taken out: it answers nothing more, and the next learns without.
+    await store.remove_turn("ann", "ann-60")
+    assert (await store.standing("ann")).marked
+    await run(["ann"], trying)
+    pointer = await store.pointer("ann")
+    assert pointer.version == 1
+    assert pointer.trial is None or pointer.trial.version == 3
+    records = {record.version: record for record in await store.versions("ann")}
+    assert records[2].trial is not None
+    assert records[2].trial.outcome == "taken out"
+    assert records[3].parent == 1
+    assert "ann-60" not in records[3].turn_ids
+
+
+@on_one_loop
 async def test_a_version_that_saw_what_was_taken_out_is_left_even_for_nothing_better(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
     await run(["ann"], kit)
