@@ -190,11 +190,14 @@ async def start_process(settings: WorkerSettings, tmp_path: Path) -> asyncio.sub
     script = tmp_path / "worker.py"
     script.write_text(
         "import asyncio\n"
+        "import datetime\n"
         "from pathlib import Path, PosixPath\n"
         "from personalization.gate import GatePolicy\n"
         "from personalization.jobs import JobPolicy\n"
         "from personalization.refresh import RefreshPolicy\n"
         "from personalization.train import Recipe\n"
+        "from personalization.trial import TrialPolicy\n"
+        "from personalization.when import When\n"
         "from personalization.worker import WorkerSettings, run_worker\n"
         f"asyncio.run(run_worker({settings!r}))\n"
     )
