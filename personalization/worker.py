@@ -51,8 +51,9 @@ class WorkerSettings:
     jobs: JobPolicy = field(default_factory=JobPolicy)
     threads: int = 0
     device: str = "auto"
-    gather_s: float = 0.5
+    gather_s: float = 0.5  # at most; a fifth of it without anyone coming is enough
     gather_people: int = 64
+    background_people: int = 8
     sweep_s: int = 5
     idle_trainer_s: float = 600.0
     nightly_hour: int | None = 3
@@ -73,22 +74,35 @@ class _Waiting:
 
 
 class Gatherer:
-    """Collects the jobs that wait at the same time and refreshes their people in one batch."""
+    """Collects the jobs that wait at the same time and refreshes their people in one batch.
+
+    Who asked is waiting for it, so those go first, and a batch of others is of `background_people` at most:
+    who asks during it need not wait long."""
 
     def __init__(
-        self, kit: Kit, *, gather_s: float, people: int, idle_trainer_s: float, say_every_s: float = 0.5
+        self,
+        kit: Kit,
+        *,
+        gather_s: float,
+        people: int,
+        background_people: int,
+        idle_trainer_s: float,
+        say_every_s: float = 0.5,
     ) -> None:
         self._kit = kit
         self._gather_s = gather_s
         self._people = people
+        self._background_people = background_people
         self._idle_trainer_s = idle_trainer_s
         self._say_every_s = say_every_s
-        self._arrivals: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
 
     async def join(self, job: Job, user: str) -> Outcome:
         """Wait for a batch, and in it for this person's end. Raises what went wrong, if it may go better."""
         waiting = _Waiting(job, user, asyncio.get_running_loop().create_future())
-        self._arrivals.put_nowait(waiting)
+        self._waiting.append(waiting)
+        self._arrived.set()
         return await waiting.ended
 
     async def run(self) -> None:
@@ -103,17 +117,32 @@ class Gatherer:
                     await self._work(batch, alone=alone)
 
     async def _gather(self) -> list[_Waiting]:
-        try:
-            async with asyncio.timeout(self._idle_trainer_s):
-                gathered = [await self._arrivals.get()]
-        except TimeoutError:
+        """The next batch: whoever waits when nobody has come for a moment."""
+        if not self._waiting and not await self._arrival(self._idle_trainer_s):
             await self._kit.trainer.stop()  # it holds a model in memory that nobody needs just now
-            gathered = [await self._arrivals.get()]
+        if not self._waiting:
+            await self._arrival(None)
+        with contextlib.suppress(OSError):  # the batch will meet it again, and say so
+            await self._kit.trainer.warm()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._gather_s):
-                while len(gathered) < self._people:
-                    gathered.append(await self._arrivals.get())
-        return [each for each in gathered if not each.ended.done()]
+                while len(self._waiting) < self._people and await self._arrival(self._gather_s / 5):
+                    pass
+        waiting = [each for each in self._waiting if not each.ended.done()]
+        asked = [each for each in waiting if (each.job.kwargs or {}).get("reason") == "asked"]
+        batch = asked[: self._people] or waiting[: self._background_people]
+        self._waiting = [each for each in waiting if each not in batch]
+        return batch
+
+    async def _arrival(self, seconds: float | None) -> bool:
+        """Whether anyone comes within that time."""
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _work(self, batch: dict[str, _Waiting], *, alone: bool) -> None:
         told: dict[str, tuple[str, float]] = {}
@@ -251,6 +280,7 @@ async def run_worker(settings: WorkerSettings) -> None:
         kit,
         gather_s=settings.gather_s,
         people=settings.gather_people,
+        background_people=settings.background_people,
         idle_trainer_s=settings.idle_trainer_s,
     )
     context = {

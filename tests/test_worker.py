@@ -146,6 +146,39 @@ async def test_people_who_ask_at_the_same_time_share_a_stack(
     assert await dead_letters(queue) == []
 
 
+async def test_who_asks_goes_before_those_who_did_not_and_these_go_in_small_batches(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    others = [f"user{number}" for number in range(4)]
+    for user in [*others, "ann"]:
+        await store.append(user, talk(user, 25))
+        await request_refresh(queue, store, user, "asked" if user == "ann" else "nightly", jobs=JOBS)
+    few = dataclasses.replace(settings, background_people=2)
+    seen: list[tuple[str, str]] = []
+    async with store.events() as events, working(few):
+        while len([state for _, state in seen if state == "completed"]) < 5:
+            event = await asyncio.wait_for(anext(events), 60)
+            if event.get("state") in ("training", "completed") and event.get("progress") in (0.0, 1.0):
+                seen.append((event["user"], event["state"]))
+    assert seen[0] == ("ann", "training")
+    under_way: set[str] = set()
+    for user, state in seen:
+        under_way.add(user) if state == "training" else under_way.discard(user)
+        assert len(under_way) <= 2
+        assert "ann" not in under_way or under_way == {"ann"}
+
+
+async def test_asking_for_now_takes_the_place_of_a_job_for_later(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    later = await request_refresh(queue, store, "ann", "nightly", scheduled=int(time.time()) + 600)
+    now = await request_refresh(queue, store, "ann", "asked")
+    assert now.job_id != later.job_id
+    again = await request_refresh(queue, store, "ann", "nightly", scheduled=int(time.time()) + 600)
+    assert again.job_id == now.job_id
+    stats = await queue_stats(queue)
+    assert (stats.queued, stats.scheduled) == (1, 0)
+
+
 def finished(queue: RefreshQueue, store: Store, user: str) -> Callable[[], Awaitable[Any]]:
     async def look() -> Any:
         job = await queue.job(job_key(store, user))
