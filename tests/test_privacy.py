@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.weights import LoadedModel, load_model, read_config
+from personalization.gate import GatePolicy
 from personalization.history import Turn
 from personalization.prompt import Renderer
 from personalization.publish import Shelf
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 POLICY = RefreshPolicy(
     minimum_turns=20,
     gate_tokens=96,
+    gate=GatePolicy(max_drift=100.0),  # a model this small is moved by anything
     row_tokens=32,
     recipe=Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=3, tokens_per_step=32),
 )
