@@ -41,7 +41,7 @@ class ModuleTiles:
     b_offsets: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AdapterLayout:
     """The places of all tiles of one adapter shape (modules, ranks, scales); adapters of a shape share it."""
 
@@ -96,7 +96,7 @@ class TileTable:
     scales: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class ResidentAdapter:
     """The device form: slab i of the image lies in slab slabs[i] of the arena."""
 

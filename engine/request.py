@@ -9,6 +9,8 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 AdapterTier = Literal["device", "host", "disk", "none"]
 
+UNKNOWN = -1  # the token being drawn by a step that has been launched
+
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -118,6 +120,7 @@ class Sequence:
     # A packing.ResidentAdapter while its pages are on the device and pinned for this sequence, else None.
     # `packing` imports this file for AdapterRef, so the type cannot be named here without a circle.
     resident: Any = None
+    result_index: int = -1  # of an UNKNOWN last token: which draw of its step gives it
     # The scheduler's notes
     number: int = 0  # order of arrival
     preemptions: int = 0

@@ -136,14 +136,15 @@ class _Plan:
     def __init__(self, batch: Batch, in_lanes: tuple[int, ...]) -> None:
         self.batch = batch
         self.num_lanes = len(in_lanes)
-        single, total = batch.num_single, len(batch.token_ids)
+        single, total = batch.num_single, batch.num_tokens
         # sequences[row]: which sequence of the batch a single row belongs to; there, row and sequence are one
         self.sequences = list(in_lanes)
         if self.num_lanes < single:
             on_lanes = set(in_lanes)
             self.sequences += [row for row in range(single) if row not in on_lanes]
-        self.token_ids, self.positions = batch.token_ids, batch.positions
-        self.slot_block, self.slot_offset = batch.slot_block, batch.slot_offset
+        self.token_ids, self.positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
+        slots = torch.from_numpy(batch.slots)
+        self.slot_block, self.slot_offset = slots // batch.block_size, slots % batch.block_size
         self.logits_rows = list(batch.logits_rows)
         if self.sequences != list(range(single)):
             order = torch.tensor([*self.sequences, *range(single, total)])
