@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.packing import ResidentAdapter
-from engine.request import Chunk
+from engine.request import UNKNOWN, Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Batch:
     """
 
     token_ids: Tensor  # [T] int64
+    token_source: Tensor  # [T] int64: which draw of the step before gives the token; -1: token_ids has it
     positions: Tensor  # [T] int64
     slot_block: Tensor  # [T] int64: slab that takes the token's K/V
     slot_offset: Tensor  # [T] int64: position inside that block
@@ -63,6 +64,7 @@ def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
     """Lay out the chunks of one step; every sequence has blocks for all the positions of its chunk."""
     order = sorted(range(len(chunks)), key=lambda index: chunks[index].length > 1)
     token_ids: list[int] = []
+    token_source: list[int] = []
     positions: list[int] = []
     slot_block: list[int] = []
     slot_offset: list[int] = []
@@ -74,6 +76,9 @@ def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
     for index, chunk in zip(order, ordered, strict=True):
         sequence, end = chunk.sequence, chunk.start + chunk.length
         token_ids += sequence.tokens[chunk.start : end]
+        token_source += [-1] * chunk.length
+        if token_ids[-1] == UNKNOWN:
+            token_source[-1] = sequence.result_index
         for position in range(chunk.start, end):
             positions.append(position)
             slot_block.append(sequence.blocks[position // block_size])
@@ -89,6 +94,7 @@ def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
     wanting = [index for index, chunk in enumerate(chunks) if chunk.wants_token]
     return Batch(
         token_ids=torch.tensor(token_ids),
+        token_source=torch.tensor(token_source),
         positions=torch.tensor(positions),
         slot_block=torch.tensor(slot_block),
         slot_offset=torch.tensor(slot_offset),
