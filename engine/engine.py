@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.adapter_files import read_adapter, version_folder
+from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.adapters import AdapterCache
 from engine.batch import build_batch
 from engine.config import ConfigError, EngineConfig
@@ -138,9 +138,11 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         *,
         on_load: Callable[[], None] = lambda: None,
+        read: Callable[[AdapterRef], LoraWeights] | None = None,
     ) -> None:
         """`on_load` is called from a loader thread when an adapter's load has ended and a step may find more
-        to do.
+        to do. `read` gives an adapter's weights in place of its folder under `adapter_root`, in a loader
+        thread as well.
         """
         self.config = config
         self.model = model
@@ -155,9 +157,13 @@ class Engine:
         self._prefix = PrefixCache(self._pool, self.block_size, model.base_hash, enabled=config.prefix_cache)
         self._readers = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-reader")
 
+        def from_disk(ref: AdapterRef) -> LoraWeights:
+            return read_adapter(version_folder(adapter_root, ref.id, ref.version), model.config)
+
+        read = read or from_disk
+
         def load(ref: AdapterRef) -> PackedAdapter:
-            weights = read_adapter(version_folder(adapter_root, ref.id, ref.version), model.config)
-            return pack_adapter(weights, model.config, slab_elems, arena.dtype)
+            return pack_adapter(read(ref), model.config, slab_elems, arena.dtype)
 
         def place(ref: AdapterRef, packed: PackedAdapter, slabs: tuple[int, ...]) -> ResidentAdapter:
             self._runner.copy_in(packed.image, slabs)
