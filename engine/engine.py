@@ -123,7 +123,13 @@ MakeDevice = Callable[[EngineConfig, LoadedModel, Tensor, int], Device]  # …, 
 
 def make_runner(config: EngineConfig, model: LoadedModel, arena: Tensor, block_size: int) -> Device:
     """The device that `config` names."""
-    return Runner(model, arena, block_size)
+    if arena.device.type != "cuda":
+        return Runner(model, arena, block_size)
+    from engine.gpu_runner import GpuRunner  # here, as Triton is installed where there is a GPU only
+
+    return GpuRunner(
+        model, arena, block_size, max_tokens=config.max_tokens_per_step, max_rows=config.max_running
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -668,3 +668,27 @@ def test_a_thousand_random_operations_leave_clean_books_and_true_replies(build: 
     reference = build(make_device=make_runner)
     for request in dice.sample(whole, 12):
         assert answer(reference, request).tokens[request.id] == replies.tokens[request.id]
+
+
+def test_adapters_may_come_from_a_reader_in_place_of_the_disk(model: LoadedModel, tmp_path: Path) -> None:
+    weights = {ADA: random_adapter(model.config, 5), BOB: random_adapter(model.config, 6)}
+    for ref, made in weights.items():
+        write_adapter(version_folder(tmp_path, ref.id, ref.version), made, model.config, base_model="tiny")
+    config = EngineConfig(arena_bytes=200 * SLAB_BYTES)
+    replies = []
+    for engine in (
+        Engine(config, model, tmp_path),
+        Engine(config, model, tmp_path / "nothing", read=weights.__getitem__),
+    ):
+        for name, ref in (("a", ADA), ("b", BOB), ("c", BAD)):
+            engine.submit(Request(name, (5, 6, 7), GREEDY, ref))
+        events = list(engine.drain())
+        ends = {event.request_id: event.reason for event in events if isinstance(event, FinishedEvent)}
+        assert ends == {"a": "length", "b": "length", "c": "error"}
+        replies.append(
+            sorted(
+                (e for e in events if isinstance(e, TokensEvent)), key=lambda e: (e.request_id, e.first_index)
+            )
+        )
+        engine.close()
+    assert replies[0] == replies[1]
