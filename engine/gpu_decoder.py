@@ -220,8 +220,8 @@ def row_buckets(most: int) -> list[int]:
 
 
 def token_buckets(most: int) -> list[int]:
-    """Padded numbers of tokens of steps with prompts."""
-    buckets = [16, 32, 64, 128, 256, 384, 512]
+    """Padded numbers of tokens of steps with prompts: in steps of 64 while padding is a part worth saving."""
+    buckets = [16, 32, *range(64, 1024, 64)]
     while buckets[-1] < most:
-        buckets.append(buckets[-1] + 256)
+        buckets.append(buckets[-1] + (64 if buckets[-1] < 1024 else 128))
     return [tokens for tokens, before in zip(buckets, [0, *buckets], strict=False) if before < most]
