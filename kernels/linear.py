@@ -95,22 +95,6 @@ def add_slots(
         return total
 
 
-@triton.jit
-def _load_block(w, n, k, N, K, EVEN: tl.constexpr):
-    pointers = w + n.to(tl.int64)[:, None] * K + k[None, :]
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_rows(x, stride_x, m, k, K, EVEN: tl.constexpr):
-    pointers = x + m[None, :] * stride_x + k[:, None]
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(k < K)[:, None], other=0.0)
-
-
 @triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
     x,
@@ -135,30 +119,28 @@ def _linear_kernel(
     unit = pid * units
     last = tl.minimum(unit + units, tl.cdiv(N, BLOCK_N) * blocks_k)
     m = tl.arange(0, ROWS)
-    # W does not depend on the kernel before: its first block is on its way while that one still runs.
-    n = unit // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = unit % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    ws = _load_block(w, n, k, N, K, EVEN)
     wait(PDL)
-    xs = _load_rows(x, stride_x, m, k, K, EVEN)
-    acc = tl.dot(ws, xs, tl.zeros((BLOCK_N, ROWS), dtype=tl.float32), input_precision=PRECISION)
-    done = 1
     while unit < last:
         tile = unit // blocks_k
         first = unit - tile * blocks_k
         count = tl.minimum(blocks_k - first, last - unit)
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        for block in range(first + done, first + count):
+        acc = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
+        for block in range(first, first + count):
             k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            ws = _load_block(w, n, k, N, K, EVEN)
-            xs = _load_rows(x, stride_x, m, k, K, EVEN)
+            w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
+            x_at = x + m[None, :] * stride_x + k[:, None]
+            if EVEN:
+                ws = tl.load(w_at)
+                xs = tl.load(x_at)
+            else:
+                ws = tl.load(w_at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+                xs = tl.load(x_at, mask=(k < K)[:, None], other=0.0)
             acc = tl.dot(ws, xs, acc, input_precision=PRECISION)
         slot = pid - (tile * blocks_k) // units
         out_at = out + slot.to(tl.int64) * slot_stride + m[:, None].to(tl.int64) * N + n[None, :]
         tl.store(out_at, tl.trans(acc), mask=(m < T)[:, None] & (n < N)[None, :])
         unit += count
-        acc = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
-        done = 0
 
 
 def linear(x: Tensor, w: Tensor, out: Tensor, plan: LinearPlan, rows: int) -> None:
@@ -194,8 +176,9 @@ def linear(x: Tensor, w: Tensor, out: Tensor, plan: LinearPlan, rows: int) -> No
 def default_plan(rows: int, n: int, k: int, device: torch.device) -> LinearPlan:
     """The plan of `linear` for this shape on this device.
 
-    On Hopper two programs of 96 KiB of stages fit a processor. Bringing weights into the L2 cache while the
-    kernels between two products run was tried and made a step slower (by 4 to 12 % on an H200).
+    On Hopper two programs of 96 KiB of stages fit a processor. Two ways to fetch weights while the kernels
+    between two products run, into the L2 cache or a first block into registers, made a step slower on an H200
+    (by 4 to 12 %).
     """
     processors = num_processors(device)
     if device.type != "cuda":
