@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.config import ConfigError
 from engine.gpu_decoder import GpuDecoder, StepShape, row_buckets, token_buckets
 from engine.step_inputs import Limits, StepInputs
 from engine.weights import LoadedModel
@@ -65,6 +66,9 @@ class GpuRunner:
         use_graphs: bool = True,
     ) -> None:  # fmt: skip
         config, device = model.config, arena.device
+        if arena.dtype == torch.float16:
+            # Products run before the norm divides; their range is that of the residual stream.
+            raise ConfigError("dtype", "bfloat16 or float32 on a GPU", "float16")
         kv_shape = (config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
         self._arena = arena
         self._slabs = arena[:, : torch.Size(kv_shape).numel()].view(-1, *kv_shape)
