@@ -101,11 +101,16 @@ class Trainer:
     def __init__(self, settings: TrainerSettings) -> None:
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
         """The child's process id; None while there is none."""
         return None if self._process is None else self._process.pid
+
+    async def warm(self) -> None:
+        """Start the process if there is none, so that it loads the model while a batch is being prepared."""
+        await self._start()
 
     async def run(
         self, tasks: Sequence[Task], recipe: Recipe, policy: GatePolicy, *, people_at_once: int | None = None
@@ -146,13 +151,17 @@ class Trainer:
         await process.wait()
 
     async def _start(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None:
+                self._process = await self._new_process()
             return self._process
+
+    async def _new_process(self) -> asyncio.subprocess.Process:
         settings = asdict(self._settings) | {
             "model_folder": str(self._settings.model_folder.absolute()),
             "parent": os.getpid(),
         }
-        self._process = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "personalization.trainer",
@@ -161,9 +170,9 @@ class Trainer:
             # -m looks here first: the child runs the same code as we do, wherever we were started.
             cwd=Path(__file__).parent.parent,
         )
-        assert self._process.stdin is not None
-        self._process.stdin.write(_frame(settings))
-        return self._process
+        assert process.stdin is not None
+        process.stdin.write(_frame(settings))
+        return process
 
     async def _receive(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
         assert process.stdout is not None

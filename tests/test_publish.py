@@ -170,6 +170,36 @@ async def test_rolling_back_and_forward_again(shelf, store):
     assert await room.publish(shelf, store, "ann", weights(0.3), ORIGIN, await store.pointer("ann")) == 3
 
 
+async def test_on_trial_the_version_before_stays_and_either_can_be_chosen_by_hand(shelf, store):
+    await known(store)
+    await room.publish(shelf, store, "ann", weights(0.1), ORIGIN, await store.pointer("ann"))
+    for expected in (1, 3):
+        before = await store.pointer("ann")
+        version = await room.publish(shelf, store, "ann", weights(0.2), ORIGIN, before, share=0.25)
+        pointer = await store.pointer("ann")
+        assert (pointer.version, pointer.trial.version, pointer.trial.share) == (1, version, 0.25)
+        chosen = version if expected == 3 else 1
+        await room.rollback(shelf, store, "ann", chosen)
+        pointer = await store.pointer("ann")
+        assert (pointer.version, pointer.trial) == (expected, None)
+    ends = [record.trial for record in await store.versions("ann")]
+    assert [end and end.outcome for end in ends] == [None, "by hand", "by hand"]
+
+
+async def test_a_version_published_during_a_trial_takes_its_place(shelf, store):
+    await known(store)
+    for share in (0.0, 0.25, 0.25):
+        await room.publish(shelf, store, "ann", weights(), ORIGIN, await store.pointer("ann"), share=share)
+    pointer = await store.pointer("ann")
+    assert (pointer.version, pointer.trial.version) == (1, 3)
+    await room.publish(shelf, store, "ann", weights(), ORIGIN, pointer)
+    pointer = await store.pointer("ann")
+    assert (pointer.version, pointer.trial) == (4, None)
+    ends = [record.trial for record in await store.versions("ann")]
+    assert [end and end.outcome for end in ends] == [None, "replaced", "replaced", None]
+    assert on_disk(shelf) == ["1", "2", "3", "4"]
+
+
 async def test_one_cannot_go_back_to_what_was_never_published(shelf, store):
     await known(store)
     refused = await room.note_refusal(store, "ann", ORIGIN, await store.pointer("ann"))
@@ -234,7 +264,7 @@ async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store):
 async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shelf, store):
     adapter_id = await known(store)
     folder = shelf.root / adapter_id / "1"
-    room._place(folder, weights(), room._meta(1, 0, ORIGIN), CONFIG)
+    room._place(folder, weights(), room._meta(1, ORIGIN), CONFIG)
     assert await store.next_version("ann") == 1
     assert await store.compare_and_set("ann", 0, 1)
     await room.tidy(shelf, store, now=time.time() + 7200)
