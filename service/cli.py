@@ -352,6 +352,26 @@ def import_adapter(
     answer({"user": user, "version": version}, f"{user}: version {version}", as_json=as_json)
 
 
+@app.command()
+def population(
+    file: Annotated[
+        typer.FileBinaryRead, typer.Argument(help="JSON Lines, one turn a line; - is standard input.")
+    ],
+    epochs: Annotated[int, typer.Option(min=1, help="How often each turn is seen.")] = 1,
+    data: Data = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Train the adapter that everyone's first version starts from, on text of your choice. It never reads
+    what users wrote."""
+    asked = read_settings(data=data, model=model)
+    settings = running_settings(asked) or asked
+    with progress("learning") as show:
+        made = asyncio.run(operations.make_population(settings, file, epochs=epochs, on_progress=show))
+    kept = f"population adapter {made['number']}" if made["number"] else "not kept"
+    answer(made, f"{kept}, from {made['turns']} turns: {made['reason']}", as_json=as_json)
+
+
 @app.command("forget")
 def forget_command(
     user: User,
