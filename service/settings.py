@@ -130,6 +130,10 @@ class Settings(BaseModel):
         return self.data / "adapters"
 
     @property
+    def population_root(self) -> Path:
+        return self.data / "population"
+
+    @property
     def secret_path(self) -> Path:
         return self.data / "secret"
 
