@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,39 @@ def machine() -> dict[str, Any]:
     }
 
 
+def gpu() -> dict[str, Any]:
+    """The first CUDA device, its driver, and the versions in play; nothing without one."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "driver": driver or "unknown",
+        "cuda": torch.version.cuda,
+        "triton": triton,
+    }
+
+
 def commit() -> str:
     """The commit the numbers belong to, with `+` when the tree had changes."""
-    here = Path(__file__).parent
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
-    )
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
-    )
-    return (revision.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
+    revision = _output("git", "rev-parse", "--short", "HEAD")
+    changed = _output("git", "status", "--porcelain", "-uno")
+    return (revision or "unknown") + ("+" if changed else "")
+
+
+def _output(*command: str) -> str:
+    """What the command prints; nothing if it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def report(name: str, numbers: dict[str, Any], *, keep: bool) -> None:

@@ -51,6 +51,12 @@ class Resident(Protocol):
     def slabs(self) -> tuple[int, ...]: ...
 
 
+class Copy(Protocol):
+    """An image on its way to the device, or there already."""
+
+    def done(self) -> bool: ...
+
+
 class AdapterUnavailable(Exception):
     """An adapter version could not be loaded: `ref`, and the error that loading it gave as the cause."""
 
@@ -65,6 +71,12 @@ class AdapterUnavailable(Exception):
 class _OnDevice:
     resident: Resident
     pins: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _OnItsWay:
+    copy: Copy
+    since: float
 
 
 @dataclass(slots=True)
@@ -82,21 +94,23 @@ class LoadStats:
     seconds: float = 0.0
     longest_s: float = 0.0
     placements: int = 0  # host → device copies
+    copies: int = 0  # of those, the ones seen to end after they began
+    copy_s: float = 0.0  # theirs, from their start to the first poll that found them done
     host_evictions: int = 0
     found: dict[AdapterTier, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
 
 
 class AdapterCache:
     """`load(ref)` runs in the executor and returns a packed adapter or raises; `place(ref, packed, slabs)`
-    copies it into these slabs of the arena; `notify()` is called from a loader thread whenever a load has
-    ended.
+    starts to copy it into these slabs of the arena; `notify()` is called from a loader thread whenever a load
+    has ended.
     """
 
     def __init__(
         self,
         pool: PagePool,
         load: Callable[[AdapterRef], Packed],
-        place: Callable[[AdapterRef, Any, tuple[int, ...]], Resident],
+        place: Callable[[AdapterRef, Any, tuple[int, ...]], tuple[Resident, Copy]],
         executor: Executor,
         clock: Callable[[], float],
         *,
@@ -117,6 +131,7 @@ class AdapterCache:
         self._retry_s = retry_s
         self._notify = notify
         self._device: dict[AdapterRef, _OnDevice] = {}
+        self._copying: dict[AdapterRef, _OnItsWay] = {}  # of those on the device, oldest first
         self._host: OrderedDict[AdapterRef, Packed] = OrderedDict()  # least recently used first
         self._largest_image = 0  # bytes
         self._loading: dict[AdapterRef, Future[Packed]] = {}
@@ -145,6 +160,12 @@ class AdapterCache:
 
     def ready(self, ref: AdapterRef) -> bool:
         return ref in self._device or ref in self._host
+
+    def is_copying(self, ref: AdapterRef) -> bool:
+        """Whether the copy to the device was still under way at the last poll. It may be used: the runner
+        lets a step wait for it.
+        """
+        return ref in self._copying
 
     def slabs_to_place(self, ref: AdapterRef) -> int:
         """Slabs that pinning a ready adapter takes from the pool: 0 if it is on the device."""
@@ -202,7 +223,10 @@ class AdapterCache:
         self._start_prefetches()
 
     def poll(self) -> None:
-        """Take in the loads that have ended since the last call."""
+        """Take in the loads and copies that have ended since the last call."""
+        for ref in [ref for ref, under_way in self._copying.items() if under_way.copy.done()]:
+            self.stats.copies += 1
+            self.stats.copy_s += self._clock() - self._copying.pop(ref).since
         while self._landed:
             ref, future = self._landed.popleft()
             if self._loading.get(ref) is not future:
@@ -257,6 +281,7 @@ class AdapterCache:
         slabs = 0
         for ref in [ref for ref in self._device if ref.id == adapter_id]:
             entry = self._device.pop(ref)
+            self._copying.pop(ref, None)
             if entry.pins or not self._pool.wake(ref, "adapter"):
                 raise BrokenBooks(f"adapter {ref} is forgotten while {entry.pins} requests use it")
             self._pool.free(entry.resident.slabs, "adapter")
@@ -282,6 +307,8 @@ class AdapterCache:
         pins = {ref: entry.pins for ref, entry in self._device.items()}
         if pins != expected:
             raise BrokenBooks(f"adapter pins: {pins} counted, {expected} found")
+        if not self._copying.keys() <= self._device.keys():
+            raise BrokenBooks("an adapter is being copied to where it has no slabs")
         slabs = [slab for entry in self._device.values() for slab in entry.resident.slabs]
         if len(set(slabs)) != len(slabs) or len(slabs) != self._pool.owned("adapter"):
             raise BrokenBooks(
@@ -361,14 +388,18 @@ class AdapterCache:
         if slabs is None:
             return None
         try:
-            resident = self._place(ref, packed, tuple(slabs))
+            started = self._clock()
+            resident, copy = self._place(ref, packed, tuple(slabs))
         except Exception as error:
             self._pool.free(slabs, "adapter")
             raise self._fail(ref, error) from error
         self.stats.placements += 1
+        if not copy.done():
+            self._copying[ref] = _OnItsWay(copy, started)
         entry = self._device[ref] = _OnDevice(resident)
         return entry
 
     def _on_evicted(self, item: Hashable) -> None:
         assert isinstance(item, AdapterRef)
         del self._device[item]
+        self._copying.pop(item, None)

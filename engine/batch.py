@@ -1,18 +1,23 @@
 """The chunks of one step as one Batch: flat token rows, and where each sequence's pages and adapter are.
 
-Rows of single tokens (decoding) come first, then the prompts; the order of the chunks is kept within both.
+Rows of single tokens (decoding) come first, those of one adapter side by side, then the prompts.
 Everything the runner returns is in the order of the chunks that want a token.
 """
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.packing import ResidentAdapter
-from engine.request import Chunk
+from engine.request import UNKNOWN, Chunk
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,11 @@ class Batch:
     positions. The first `num_single` sequences have one token each.
     """
 
-    token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slot_block: Tensor  # [T] int64: slab that takes the token's K/V
-    slot_offset: Tensor  # [T] int64: position inside that block
+    token_ids: Ints  # [T]
+    token_source: Ints  # [T]: which draw of the step before gives the token, -1 where token_ids has it
+    positions: Ints  # [T]
+    slots: Ints  # [T]: slab * block_size + offset, where the token's K/V goes
+    block_size: int
     query_start: tuple[int, ...]  # S + 1
     context_lens: tuple[int, ...]  # S, new tokens included
     sequence_ids: tuple[str, ...]  # S
@@ -52,6 +58,10 @@ class Batch:
     sampling: SamplingColumns  # R
     num_single: int
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
     @cached_property
     def block_tables(self) -> Tensor:
         """[S, most blocks] int64; entries past a sequence's own blocks are 0 and mean nothing."""
@@ -61,37 +71,58 @@ class Batch:
 
 def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
     """Lay out the chunks of one step; every sequence has blocks for all the positions of its chunk."""
-    order = sorted(range(len(chunks)), key=lambda index: chunks[index].length > 1)
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slot_block: list[int] = []
-    slot_offset: list[int] = []
-    query_start = [0]
-    adapters: dict[int, ResidentAdapter] = {}
-    adapter_of_seq: list[int] = []
-    row_of_chunk: dict[int, int] = {}
+    adapters: dict[int, ResidentAdapter] = {}  # by identity, in the order of their rows
+    place_of: dict[int, int] = {}
+    singles: dict[int, list[int]] = {}  # chunks of one token by identity of their adapter
+    prompts: list[int] = []
+    for index, chunk in enumerate(chunks):
+        if chunk.length > 1:
+            prompts.append(index)
+        else:
+            singles.setdefault(id(chunk.sequence.resident), []).append(index)
+    order = [*chain.from_iterable(singles.values()), *prompts]
     ordered = [chunks[index] for index in order]
-    for index, chunk in zip(order, ordered, strict=True):
-        sequence, end = chunk.sequence, chunk.start + chunk.length
-        token_ids += sequence.tokens[chunk.start : end]
-        for position in range(chunk.start, end):
-            positions.append(position)
-            slot_block.append(sequence.blocks[position // block_size])
-            slot_offset.append(position % block_size)
-        query_start.append(len(token_ids))
-        row_of_chunk[index] = len(token_ids) - 1
-        resident = sequence.resident
+    num_single = len(order) - len(prompts)
+    adapter_of_seq: list[int] = []
+    for chunk in ordered:
+        resident = chunk.sequence.resident
         if resident is None:
             adapter_of_seq.append(-1)
-        else:
-            adapters.setdefault(id(resident), resident)
-            adapter_of_seq.append(list(adapters).index(id(resident)))
+            continue
+        place = place_of.setdefault(id(resident), len(adapters))
+        adapters.setdefault(place, resident)
+        adapter_of_seq.append(place)
+    token_ids: list[int] = []
+    token_source: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_start = [*range(num_single + 1)]
+    for chunk in ordered[:num_single]:
+        sequence, position = chunk.sequence, chunk.start
+        token = sequence.tokens[position]
+        token_ids.append(token)
+        token_source.append(sequence.result_index if token == UNKNOWN else -1)
+        positions.append(position)
+        block, offset = divmod(position, block_size)
+        slots.append(sequence.blocks[block] * block_size + offset)
+    for chunk in ordered[num_single:]:
+        sequence, end = chunk.sequence, chunk.start + chunk.length
+        token_ids += sequence.tokens[chunk.start : end]
+        token_source += [-1] * chunk.length
+        at = np.arange(chunk.start, end)
+        positions += at.tolist()
+        slots += (np.array(sequence.blocks)[at // block_size] * block_size + at % block_size).tolist()
+        query_start.append(len(token_ids))
+        if token_ids[-1] == UNKNOWN:  # a reply that runs anew up to the token being drawn
+            token_source[-1] = sequence.result_index
+    row_of_chunk = {index: end - 1 for index, end in zip(order, query_start[1:], strict=True)}
     wanting = [index for index, chunk in enumerate(chunks) if chunk.wants_token]
     return Batch(
-        token_ids=torch.tensor(token_ids),
-        positions=torch.tensor(positions),
-        slot_block=torch.tensor(slot_block),
-        slot_offset=torch.tensor(slot_offset),
+        token_ids=np.array(token_ids),
+        token_source=np.array(token_source),
+        positions=np.array(positions),
+        slots=np.array(slots),
+        block_size=block_size,
         query_start=tuple(query_start),
         context_lens=tuple(chunk.start + chunk.length for chunk in ordered),
         sequence_ids=tuple(chunk.sequence.id for chunk in ordered),
@@ -100,7 +131,7 @@ def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
         adapter_of_seq=tuple(adapter_of_seq),
         logits_rows=tuple(row_of_chunk[index] for index in wanting),
         sampling=_columns([chunks[index] for index in wanting]),
-        num_single=sum(chunk.length == 1 for chunk in chunks),
+        num_single=num_single,
     )
 
 

@@ -1,4 +1,10 @@
-"""Engine: owns the device. `step()` is its table of contents: schedule → build → run → apply → events.
+"""Engine: owns the device. `step()` is its table of contents: schedule → build → launch → collect → events.
+
+On a device that works beside the host, `runner.ahead` is 1: a step is launched before the tokens of the one
+before it are taken, so the device never waits for the host. It then finds those tokens itself; here their
+places hold UNKNOWN until they are collected. A reply that turns out to have ended by then has one row too
+many in the step under way, whose token is dropped; its pages may be given away at once, as the device does
+everything in the order it was launched.
 
 It knows token ids, pages and adapters. It has no thread of its own besides the readers of adapter files:
 one caller submits, cancels and steps, never two at once (`server` does so for many connections).
@@ -7,23 +13,27 @@ one caller submits, cancels and steps, never two at once (`server` does so for m
 import logging
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from engine.adapter_files import read_adapter, version_folder
-from engine.adapters import AdapterCache
-from engine.batch import build_batch
+from engine.adapter_files import LoraWeights, read_adapter, version_folder
+from engine.adapters import AdapterCache, Copy
+from engine.batch import Batch, build_batch
 from engine.config import ConfigError, EngineConfig
-from engine.packing import PackedAdapter, ResidentAdapter, min_slab_elems, pack_adapter
+from engine.host_memory import PinnedMemory
+from engine.packing import PackedAdapter, ResidentAdapter, min_slab_elems, on_heap, pack_adapter
 from engine.pages import BrokenBooks, PagePool
 from engine.prefix import PrefixCache
 from engine.request import (
+    UNKNOWN,
     AdapterRef,
     Chunk,
     Event,
@@ -37,6 +47,7 @@ from engine.request import (
     Usage,
 )
 from engine.runner import Runner
+from engine.sampler import LogitsNotFinite
 from engine.scheduler import OUTPUT_TOKEN_COST, ArenaExceeded, Scheduler, held
 from engine.weights import LoadedModel
 
@@ -84,13 +95,50 @@ class Overloaded(RequestRefused):
         self.limit = limit
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """What became of a chunk: a token if it wanted one, or the error of the batch that held it alone."""
+class Launched(Protocol):
+    """A step on its way."""
 
-    chunk: Chunk
-    token: int | None = None
-    error: Exception | None = None
+    def tokens(self) -> list[int]:
+        """Wait for it: a token id per row that wanted one, in the order of the chunks; UNKNOWN where the
+        logits were not finite. An error here is one of the device, not of a request.
+        """
+
+
+class Device(Protocol):
+    """What runs batches: runner.Runner, or the GPU's.
+
+    `ahead`: how many steps may be launched and not collected while the next one is scheduled, 0 or 1. Steps
+    and copies take effect in the order they were asked for. `launch` raises for a batch it cannot run, with
+    nothing of it begun that running it again would not repair.
+    """
+
+    @property
+    def ahead(self) -> int: ...
+    def launch(self, batch: Batch) -> Launched: ...
+    def copy_in(self, image: Tensor, slabs: Many[int]) -> Copy: ...
+    def drop_copies(self) -> None: ...
+
+
+MakeDevice = Callable[[EngineConfig, LoadedModel, Tensor, int], Device]  # …, the arena, the block size
+
+
+def make_runner(config: EngineConfig, model: LoadedModel, arena: Tensor, block_size: int) -> Device:
+    """The device that `config` names."""
+    if arena.device.type != "cuda":
+        return Runner(model, arena, block_size)
+    from engine.gpu_runner import GpuRunner  # here, as Triton is installed where there is a GPU only
+
+    return GpuRunner(
+        model, arena, block_size, max_tokens=config.max_tokens_per_step, max_rows=config.max_running
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A launched step whose tokens were not collected yet, and its chunks that want one."""
+
+    launched: Launched
+    drawing: tuple[Chunk, ...]
 
 
 @dataclass(slots=True)
@@ -100,7 +148,8 @@ class StepStats:
     steps: int = 0
     schedule_s: float = 0.0
     build_s: float = 0.0
-    run_s: float = 0.0
+    launch_s: float = 0.0  # on the CPU, all of the model's work
+    wait_s: float = 0.0  # for the device
     apply_s: float = 0.0
     rows: int = 0
     tokens: int = 0
@@ -138,9 +187,11 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         *,
         on_load: Callable[[], None] = lambda: None,
+        read: Callable[[AdapterRef], LoraWeights] | None = None,
+        make_device: MakeDevice = make_runner,
     ) -> None:
         """`on_load` is called from a loader thread when an adapter's load has ended and a step may find more
-        to do.
+        to do. `read`, called from those threads too, replaces reading adapters from `adapter_root`.
         """
         self.config = config
         self.model = model
@@ -150,18 +201,27 @@ class Engine:
         num_slabs, slab_elems = arena.shape
         slab_bytes = slab_elems * arena.element_size()
         self._slab_bytes = slab_bytes
-        self._runner = Runner(model, arena, self.block_size)
+        self._device = make_device(config, model, arena, self.block_size)
         self._pool = PagePool(num_slabs)
         self._prefix = PrefixCache(self._pool, self.block_size, model.base_hash, enabled=config.prefix_cache)
-        self._readers = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-reader")
+        is_cuda = arena.device.type == "cuda"
+        load_threads = config.load_threads or (8 if is_cuda else 2)
+        self._readers = ThreadPoolExecutor(load_threads, thread_name_prefix="adapter-reader")
+        allocate = PinnedMemory().empty if is_cuda else on_heap
+
+        def read_file(ref: AdapterRef) -> LoraWeights:
+            folder = version_folder(adapter_root, ref.id, ref.version)
+            return read_adapter(folder, model.config, dtype=None)
 
         def load(ref: AdapterRef) -> PackedAdapter:
-            weights = read_adapter(version_folder(adapter_root, ref.id, ref.version), model.config)
-            return pack_adapter(weights, model.config, slab_elems, arena.dtype)
+            weights = (read or read_file)(ref)
+            return pack_adapter(weights, model.config, slab_elems, arena.dtype, allocate)
 
-        def place(ref: AdapterRef, packed: PackedAdapter, slabs: tuple[int, ...]) -> ResidentAdapter:
-            self._runner.copy_in(packed.image, slabs)
-            return ResidentAdapter(ref=ref, layout=packed.layout, slabs=slabs)
+        def place(
+            ref: AdapterRef, packed: PackedAdapter, slabs: tuple[int, ...]
+        ) -> tuple[ResidentAdapter, Copy]:
+            copy = self._device.copy_in(packed.image, slabs)
+            return ResidentAdapter(ref=ref, layout=packed.layout, slabs=slabs), copy
 
         def loaded() -> None:
             self._loaded.set()
@@ -174,7 +234,7 @@ class Engine:
             self._readers,
             clock,
             host_bytes=config.host_cache_bytes,
-            max_loading=2 * config.load_threads,  # one being read and one in line, so that no reader idles
+            max_loading=2 * load_threads,  # one being read and one in line, so that no reader idles
             retry_s=config.failed_load_retry_s,
             notify=loaded,
         )
@@ -184,6 +244,7 @@ class Engine:
         self._eos = frozenset(model.config.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[Event] = []  # of requests that ended between steps
+        self._in_flight: deque[InFlight] = deque()  # oldest first
         self._steps = StepStats()
         self._loaded = threading.Event()  # set by loader threads
 
@@ -193,13 +254,15 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """There are events to fetch, requests to finish, or loads to take in: `step` is worth calling."""
-        return bool(self._pending or self._sequences or self._adapters.has_landed)
+        """There are events to fetch, requests to finish, steps to collect, or loads to take in: `step` is
+        worth calling.
+        """
+        return bool(self._pending or self._sequences or self._in_flight or self._adapters.has_landed)
 
     @property
     def is_stalled(self) -> bool:
         """Every request waits for a load, so a step does nothing until `on_load` is called."""
-        if self._pending or self._scheduler.running or self._adapters.has_landed:
+        if self._pending or self._in_flight or self._scheduler.running or self._adapters.has_landed:
             return False
         return self._adapters.num_loading > 0 and all(
             sequence.request.adapter is not None
@@ -254,7 +317,7 @@ class Engine:
         cancelled = [s.id for s in self._sequences.values() if adapter_id in s.labels]
         for request_id in cancelled:
             self.cancel(request_id)
-        self._runner.drop_copies()
+        self._device.drop_copies()
         slabs, host_bytes = self._adapters.forget(adapter_id)
         return Forgotten(
             device_slabs=slabs,
@@ -264,7 +327,10 @@ class Engine:
         )
 
     def step(self) -> list[Event]:
-        """Move every running request on by one token or one prompt chunk; never waits for disk."""
+        """Move every running request on by one token or one prompt chunk; never waits for disk.
+
+        Raises what the device throws when it is lost; the engine is of no use then.
+        """
         events, self._pending = self._pending, []
         started = self._clock()
         self._adapters.poll()
@@ -273,11 +339,8 @@ class Engine:
         events += [self._failed(sequence, error) for sequence, error in plan.refused]
         if plan.chunks:
             self._count(plan.chunks)
-            ran = self._run(plan.chunks)
-            started = self._clock()
-            for outcome in ran:
-                events += self._apply(outcome)
-            self._steps.apply_s += self._clock() - started
+            events += self._launch(plan.chunks)
+        events += self._collect(leave=self._device.ahead if plan.chunks else 0)
         return events
 
     def drain(self) -> Iterator[Event]:
@@ -328,6 +391,10 @@ class Engine:
         should.
         """
         self._pool.check_integrity()
+        drawing = Counter(id(c.sequence) for step in self._in_flight for c in step.drawing)
+        for sequence in self._sequences.values():
+            if drawing[id(sequence)] != len(sequence.tokens) - sequence.num_known:
+                raise BrokenBooks(f"request {sequence.id}: tokens being drawn differ from those unknown")
         running, waiting = self._scheduler.running, list(self._scheduler.waiting)
         if any(sequence.blocks or sequence.resident is not None for sequence in waiting):
             raise BrokenBooks("a waiting request holds pages")
@@ -342,53 +409,95 @@ class Engine:
 
     # Inside a step
 
-    def _run(self, chunks: Many[Chunk]) -> list[Ran]:
-        """Run the chunks as one batch; if it fails, each alone, so that only the guilty one is failed.
+    def _launch(self, chunks: Many[Chunk]) -> list[Event]:
+        """Start the chunks as one batch; if that fails, each alone, so that only the guilty one is failed.
 
         Running a chunk again writes the same K/V to the same places, so nothing is undone first.
         """
+        started = self._clock()
         try:
-            started = self._clock()
             batch = build_batch(chunks, self.block_size)
             built = self._clock()
-            tokens = iter(self._runner.run(batch))
-            self._steps.build_s += built - started
-            self._steps.run_s += self._clock() - built
-            return [Ran(chunk, next(tokens) if chunk.wants_token else None) for chunk in chunks]
+            launched = self._device.launch(batch)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             self._steps.failed_batches += 1
             log.exception("a batch of %d rows failed", len(chunks))
-            if len(chunks) == 1:
-                return [Ran(chunks[0], error=error)]
-        return [ran for chunk in chunks for ran in self._run((chunk,))]
+            return self._launch_alone(chunks, error)
+        self._steps.build_s += built - started
+        self._steps.launch_s += self._clock() - built
+        drawing = tuple(chunk for chunk in chunks if chunk.wants_token)
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        for index, chunk in enumerate(drawing):
+            chunk.sequence.tokens.append(UNKNOWN)
+            chunk.sequence.result_index = index
+        self._in_flight.append(InFlight(launched, drawing))
+        return []
 
-    def _apply(self, ran: Ran) -> list[Event]:
-        sequence, sampling = ran.chunk.sequence, ran.chunk.sequence.request.sampling
-        if ran.error is not None:
-            return [self._end(sequence, "error", error=ran.error)]
-        self._scheduler.advance(ran.chunk)
-        if ran.token is None:
-            return []
+    def _launch_alone(self, chunks: Many[Chunk], error: Exception) -> list[Event]:
+        """The batch of these chunks failed. First the step before it is collected: it knows nothing of this,
+        and then every token is known.
+        """
+        events = self._collect(leave=0)
+        for chunk in chunks:
+            if chunk.sequence.is_over:
+                continue
+            if len(chunks) == 1:
+                events.append(self._end(chunk.sequence, "error", error=error))
+            else:
+                events += self._launch((chunk,))
+                events += self._collect(leave=0)
+        return events
+
+    def _collect(self, leave: int) -> list[Event]:
+        """Take the tokens of all launched steps but the newest `leave`, and what follows from them."""
+        events: list[Event] = []
+        while len(self._in_flight) > leave:
+            step = self._in_flight[0]
+            started = self._clock()
+            tokens = step.launched.tokens()
+            self._in_flight.popleft()
+            arrived = self._clock()
+            for row, (chunk, token) in enumerate(zip(step.drawing, tokens, strict=True)):
+                if not chunk.sequence.is_over:
+                    self._apply(chunk.sequence, row, token, events)
+            self._steps.wait_s += arrived - started
+            self._steps.apply_s += self._clock() - arrived
+        return events
+
+    def _apply(self, sequence: Sequence, row: int, token: int, events: list[Event]) -> None:
+        sampling = sequence.request.sampling
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
-        if ran.token in sampling.stop_token_ids or (ran.token in self._eos and not sampling.ignore_eos):
-            return [self._end(sequence, "stop")]
-        events: list[Event] = [TokensEvent(sequence.id, (ran.token,), sequence.num_output)]
-        sequence.tokens.append(ran.token)
+        if token == UNKNOWN:
+            self._scheduler.disown(sequence)
+            events.append(self._end(sequence, "error", error=LogitsNotFinite([row])))
+            return
+        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
+            events.append(self._end(sequence, "stop"))
+            return
+        events.append(TokensEvent(sequence.id, (token,), sequence.num_known - sequence.num_prompt))
+        sequence.tokens[sequence.num_known] = token
+        sequence.num_known += 1
+        self._scheduler.register(sequence)
         self._scheduler.charge(sequence, OUTPUT_TOKEN_COST)
         self._steps.output_tokens += 1
-        if sequence.num_output >= sampling.max_tokens:
+        if sequence.num_known == sequence.most_tokens:
             events.append(self._end(sequence, "length"))
-        return events
 
     def _failed(self, sequence: Sequence, error: Exception) -> FinishedEvent:
         """The scheduler has already let this request go."""
+        sequence.is_over = True
         del self._sequences[sequence.id]
         return self._finished(sequence, "error", error=error)
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, *, error: Exception | None = None
     ) -> FinishedEvent:
+        sequence.is_over = True
+        sequence.drop_unknown()
         self._scheduler.remove(sequence)
         del self._sequences[sequence.id]
         return self._finished(sequence, reason, error=error)

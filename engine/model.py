@@ -202,6 +202,7 @@ class Decoder(nn.Module):
         # No buffer: .to(bfloat16) must leave it alone, as bfloat16 angles are wrong soon.
         inv_freq = rope_frequencies(config.rope, config.head_dim)
         self._signed_freq = torch.cat((-inv_freq, inv_freq))
+        self.inverse_frequencies = inv_freq
         self.embed = _frozen(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)

@@ -90,6 +90,12 @@ class PrefixCache:
         for label in labels:
             self._slabs_of_label.setdefault(label, set()).add(slab)
 
+    def disown(self, slabs: Iterable[int]) -> None:
+        """These blocks hold what nobody should find again; who uses them now goes on."""
+        for slab in slabs:
+            if slab in self._key_of:
+                self._unregister(slab)
+
     def release(self, slabs: Sequence[int]) -> None:
         """Give up one use of each block of one sequence, in the order of its positions."""
         # Backwards: a chain's end becomes the older, and is evicted before what it hangs on.

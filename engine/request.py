@@ -9,6 +9,8 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 AdapterTier = Literal["device", "host", "disk", "none"]
 
+UNKNOWN = -1  # the token being drawn by a step that has been launched
+
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -106,20 +108,27 @@ class Request:
 class Sequence:
     """A request on its way through the engine. Only the engine changes it.
 
-    Positions 0 … num_computed - 1 have their K/V in `blocks`; the rest of `tokens` is still to be run.
+    Positions 0 … num_computed - 1 have their K/V in `blocks`, or get it from a step that has been launched;
+    the rest of `tokens` is still to be run. Tokens from num_known on are UNKNOWN: being drawn right now.
     """
 
     request: Request
     tokens: list[int] = field(init=False)  # prompt, then output
     num_prompt: int = field(init=False)
+    num_known: int = field(init=False)
+    most_tokens: int = field(init=False)  # prompt and max_tokens together
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)  # slab of each block of positions, in order
     block_keys: list[bytes] = field(default_factory=list)  # prefix keys of whole blocks, as far as known
     # A packing.ResidentAdapter while its pages are on the device and pinned for this sequence, else None.
     # `packing` imports this file for AdapterRef, so the type cannot be named here without a circle.
     resident: Any = None
+    result_index: int = -1  # of an UNKNOWN last token: which draw of its step gives it
+    is_over: bool = False  # finished, failed or cancelled; what a step still brings for it is dropped
     # The scheduler's notes
     number: int = 0  # order of arrival
+    num_registered: int = 0  # leading blocks that the prefix cache knows, or knows others for
+    is_arriving: bool = False  # its adapter is being copied to the device
     preemptions: int = 0
     cached_tokens: int = 0  # found in the prefix cache when first admitted
     arrived_at: float = 0.0
@@ -131,6 +140,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.request.generated]
         self.num_prompt = len(self.request.prompt)
+        self.num_known = len(self.tokens)
+        self.most_tokens = self.num_prompt + self.request.sampling.max_tokens
 
     @property
     def id(self) -> str:
@@ -150,6 +161,9 @@ class Sequence:
         """Whose K/V this is; `forget` finds cached blocks by any of these."""
         adapter = self.request.adapter
         return frozenset(filter(None, (adapter.id if adapter else "", self.request.user_key)))
+
+    def drop_unknown(self) -> None:
+        del self.tokens[self.num_known :]
 
     @property
     def num_pending(self) -> int:

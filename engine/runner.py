@@ -24,11 +24,31 @@ LANE_BYTES = 512 << 20  # for K/V lanes; as much again for adapter lanes
 PACK_BYTES = 1 << 30  # models up to this size keep a second, packed copy of their matrices on the CPU
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that has run: nothing to wait for."""
+
+    _tokens: list[int]
+
+    def tokens(self) -> list[int]:
+        return self._tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A copy that has been made."""
+
+    def done(self) -> bool:
+        return True
+
+
 class Runner:
     """Runs batches on one model and one arena [num_slabs, slab_elems], both on the same device.
 
     Everything written to the arena goes through this class, which is what keeps the lanes true.
     """
+
+    ahead = 0  # a step is over when `launch` returns
 
     def __init__(
         self, model: LoadedModel, arena: Tensor, block_size: int, *, lane_bytes: int = LANE_BYTES
@@ -43,6 +63,9 @@ class Runner:
         self._lora_lane_bytes = lane_bytes
         self._lora: dict[int, LoraLanes] = {}  # by identity of the layout, which the lanes keep alive
         model.decoder.pack(PACK_BYTES)
+
+    def launch(self, batch: Batch) -> Ran:
+        return Ran(self.run(batch))
 
     def run(self, batch: Batch) -> list[int]:
         """One token id per row that wants one, in the order of the chunks."""
@@ -61,10 +84,11 @@ class Runner:
             self.drop_copies()  # a lane half written is worth nothing
             raise
 
-    def copy_in(self, image: Tensor, slabs: Many[int]) -> None:
+    def copy_in(self, image: Tensor, slabs: Many[int]) -> Copied:
         """Copy the image [n, slab_elems] of a packed adapter into these n slabs."""
         self._arena.index_copy_(0, torch.tensor(slabs), image.to(self._arena.dtype))
         self._written(slabs)
+        return Copied()
 
     def drop_copies(self) -> None:
         """Let go of everything copied from pages; the next step copies what it needs."""
@@ -136,14 +160,15 @@ class _Plan:
     def __init__(self, batch: Batch, in_lanes: tuple[int, ...]) -> None:
         self.batch = batch
         self.num_lanes = len(in_lanes)
-        single, total = batch.num_single, len(batch.token_ids)
+        single, total = batch.num_single, batch.num_tokens
         # sequences[row]: which sequence of the batch a single row belongs to; there, row and sequence are one
         self.sequences = list(in_lanes)
         if self.num_lanes < single:
             on_lanes = set(in_lanes)
             self.sequences += [row for row in range(single) if row not in on_lanes]
-        self.token_ids, self.positions = batch.token_ids, batch.positions
-        self.slot_block, self.slot_offset = batch.slot_block, batch.slot_offset
+        self.token_ids, self.positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
+        slots = torch.from_numpy(batch.slots)
+        self.slot_block, self.slot_offset = slots // batch.block_size, slots % batch.block_size
         self.logits_rows = list(batch.logits_rows)
         if self.sequences != list(range(single)):
             order = torch.tensor([*self.sequences, *range(single, total)])

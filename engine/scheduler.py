@@ -6,6 +6,11 @@ tokens and for its adapter are there. When a decoding reply needs a page and the
 running request gives up its pages and returns to the queue (its prompt and output so far are computed
 again later), so the oldest always moves on.
 
+A step may be scheduled while the one before it still runs: the token that one draws counts as there, though
+nobody knows it yet. A reply whose last allowed token is being drawn is complete; a request that gave up its
+pages returns only once all its tokens are known. An admitted request whose adapter is still being copied to
+the device lets others run meanwhile, unless there are none.
+
 The queue is fair between users (Sheng et al., "Fairness in Serving Large Language Models", 2023): each
 user has a counter of tokens served, and the user with the lowest goes first. A user who was away starts
 at the lowest counter of those present, so that absence saves nothing up. Waiting counts against the
@@ -114,7 +119,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Finished, failed or cancelled: gives back what it holds."""
-        if sequence in self.running:
+        if sequence.blocks:
             self._let_go(sequence)
         else:
             self._dequeue(sequence)
@@ -124,14 +129,23 @@ class Scheduler:
             del self._present[user]
 
     def advance(self, chunk: Chunk) -> None:
-        """The chunk has run: its K/V is there, and whole blocks can be found by others."""
-        sequence = chunk.sequence
-        before = sequence.num_computed // self._blocks.block_size
-        sequence.num_computed += chunk.length
-        if self._blocks.enabled:
-            self._extend_keys(sequence, sequence.num_computed)
-            for index in range(before, sequence.num_computed // self._blocks.block_size):
-                self._blocks.register(sequence.block_keys[index], sequence.blocks[index], sequence.labels)
+        """The chunk's step has been launched: later ones find its K/V."""
+        chunk.sequence.num_computed += chunk.length
+        self.register(chunk.sequence)
+
+    def register(self, sequence: Sequence) -> None:
+        """Let others find its whole blocks, as far as their tokens are known."""
+        whole = min(sequence.num_computed, sequence.num_known) // self._blocks.block_size
+        if whole <= sequence.num_registered or not self._blocks.enabled:
+            return
+        self._extend_keys(sequence, whole * self._blocks.block_size)
+        for index in range(sequence.num_registered, whole):
+            self._blocks.register(sequence.block_keys[index], sequence.blocks[index], sequence.labels)
+        sequence.num_registered = whole
+
+    def disown(self, sequence: Sequence) -> None:
+        """Its K/V is not to be found by anyone: what came of it was not finite."""
+        self._blocks.disown(sequence.blocks)
 
     def charge(self, sequence: Sequence, tokens: float) -> None:
         self._served[sequence.request.user_key] += tokens
@@ -140,9 +154,9 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         chunks: list[Chunk] = []
-        decoding = sum(sequence.num_pending == 1 for sequence in self.running)
-        budget = self._config.max_tokens_per_step - decoding
-        for sequence in list(self.running):
+        moving = [s for s in self.running if len(s.tokens) < s.most_tokens and not self._is_arriving(s)]
+        budget = self._config.max_tokens_per_step - sum(s.num_pending == 1 for s in moving)
+        for sequence in moving:
             if not sequence.blocks:
                 continue  # gave way to an older one in this loop
             length = 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget)
@@ -155,6 +169,11 @@ class Scheduler:
                 budget -= length if sequence.num_pending > 1 else 0
                 chunks.append(self._chunk(sequence, length))
         refused = self._admit(chunks, budget)
+        if not chunks:  # nobody is held up by waiting for a copy
+            late = next((s for s in self.running if s.is_arriving), None)
+            if late is not None:
+                late.is_arriving = False
+                chunks.append(self._chunk(late, min(late.num_pending, self._config.max_tokens_per_step)))
         return Plan(tuple(chunks), tuple(refused))
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
@@ -172,6 +191,9 @@ class Scheduler:
                 looked_ahead += 1
                 if looked_ahead > LOOKAHEAD:
                     break
+            if sequence.num_known < len(sequence.tokens):
+                is_open = False  # gave way in this step; nobody takes what it will need
+                continue
             adapter = sequence.request.adapter
             if adapter is not None and not self._adapters.ready(adapter):
                 failure = self._adapters.failure(adapter, sequence.arrived_at)
@@ -187,6 +209,8 @@ class Scheduler:
                     is_open = self._try_admit(sequence)
                 except (AdapterUnavailable, ArenaExceeded) as error:
                     refused.append((sequence, error))
+                    continue
+                if is_open and sequence.is_arriving:
                     continue
                 if is_open:
                     length = min(sequence.num_pending, budget)
@@ -253,6 +277,8 @@ class Scheduler:
             return False
         sequence.blocks = found + taken
         sequence.num_computed = len(found) * self._blocks.block_size
+        sequence.num_registered = len(found)
+        sequence.is_arriving = adapter is not None and self._adapters.is_copying(adapter)
         self._dequeue(sequence)
         insort(self.running, sequence, key=lambda running: running.number)
         if sequence.admitted_at is None:
@@ -291,6 +317,12 @@ class Scheduler:
             return True
         return slabs + sum(self._adapters.slabs_of(ref) for ref in in_use) <= self._max_adapter_slabs
 
+    def _is_arriving(self, sequence: Sequence) -> bool:
+        if sequence.is_arriving:
+            adapter = sequence.request.adapter
+            sequence.is_arriving = adapter is not None and self._adapters.is_copying(adapter)
+        return sequence.is_arriving
+
     def _has_block_for(self, sequence: Sequence, length: int) -> bool:
         missing = self.blocks_for(sequence.num_computed + length) - len(sequence.blocks)
         if missing <= 0:
@@ -314,6 +346,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._blocks.release(sequence.blocks)
         sequence.blocks = []
+        sequence.is_arriving = False
         if sequence.request.adapter is not None:
             self._adapters.unpin(sequence.request.adapter)
             sequence.resident = None

@@ -66,8 +66,8 @@ class UnknownVersion(PublishError, LookupError):
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a version comes from; attune.json beside the weights. `parent` is the version it was carried on
-    from (0: none), `numbers` are the gate's, `turn_ids` what it learned from, `seed` None for an imported
-    one."""
+    from (0: none), `population` the population adapter that it began with (0: none), `numbers` are the
+    gate's, `turn_ids` what it learned from, `seed` None for an imported one."""
 
     base_model: str
     base_hash: str
@@ -78,6 +78,7 @@ class Origin:
     turn_ids: tuple[str, ...] = ()
     numbers: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    population: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ async def publish(
     version = await store.next_version(user, epoch=before.epoch)
     folder = version_folder(shelf.root, store.adapter_id(user), version)
     meta = _meta(version, origin)
-    await asyncio.to_thread(_place, folder, weights, meta, shelf.config)
+    await asyncio.to_thread(place, folder, weights, meta, shelf.config)
     end = None if before.trial is None else ended(before, "replaced", origin.created_at)
     if share:
         moved = await store.begin_trial(user, before.version, version, share, epoch=before.epoch, end=end)
@@ -253,11 +254,12 @@ def _record(version: int, meta: dict[str, Any], *, accepted: bool = True) -> Ver
         numbers=meta["numbers"],
         examples=meta["examples"],
         turn_ids=tuple(meta["turn_ids"]),
+        population=meta["population"],
     )
 
 
-def _place(folder: Path, weights: LoraWeights, meta: dict[str, Any], config: ModelConfig) -> None:
-    """Write a version beside its place, make sure of it, and rename it there."""
+def place(folder: Path, weights: LoraWeights, meta: dict[str, Any], config: ModelConfig) -> None:
+    """Write an adapter beside its place, make sure of it, and rename it there."""
     aside = folder.parent / f"{_ASIDE}{uuid.uuid4().hex}"
     aside.mkdir(mode=0o700, parents=True)
     try:

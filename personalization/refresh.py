@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.adapter_files import version_folder
@@ -23,6 +24,7 @@ from personalization import lineage
 from personalization.examples import hold_out, serving_rows, split
 from personalization.gate import GatePolicy
 from personalization.history import Turn, learned
+from personalization.population import newest
 from personalization.prompt import Example, Renderer
 from personalization.publish import (
     AdapterError,
@@ -105,7 +107,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What a refresh works with."""
+    """What a refresh works with. `population`: where population adapters are kept."""
 
     store: Store
     shelf: Shelf
@@ -114,6 +116,7 @@ class Kit:
     policy: RefreshPolicy
     model_name: str
     clock: Callable[[], datetime]
+    population: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class _Prepared:
     user: str
     pointer: Pointer
     start: int  # the version that is carried on; another than the pointer's when that one is marked
+    population: int  # the population adapter to begin with where no version is carried on
     task: Task
     trained_turns: tuple[str, ...]
     all_turns: tuple[str, ...]
@@ -211,16 +215,18 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
             return await _leave(user, pointer, start, kit, reason)
         return Outcome(user, "completed", before=start, after=start, reason=reason)
     adapter_id = kit.store.adapter_id(user)
+    population, shared = newest(kit.population)
     task = Task(
         id=adapter_id,
         train=lesson.train,
         gate=lesson.gate,
         serving=version_folder(kit.shelf.root, adapter_id, start) if start else None,
         seed=_seed(adapter_id, pointer),
+        start=shared if start == 0 else None,
     )
     known = len(lineage.seen(records, start).intersection(lesson.all_turns))
     expected = curve(len(lesson.all_turns)) - curve(known)
-    return _Prepared(user, pointer, start, task, lesson.trained_turns, lesson.all_turns, expected)
+    return _Prepared(user, pointer, start, population, task, lesson.trained_turns, lesson.all_turns, expected)
 
 
 async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:
@@ -252,6 +258,7 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
         turn_ids=prepared.trained_turns,
         numbers=numbers,
         seed=prepared.task.seed,
+        population=prepared.population if judged.began else 0,
     )
     after, reason = pointer.version, verdict.reason
     # What the person wants gone does not answer beside the new version, not even for a while.

@@ -389,6 +389,7 @@ class Store:
             "numbers": dict(record.numbers),
             "examples": record.examples,
             "turn_ids": list(record.turn_ids),
+            "population": record.population,
         }
         await self._fenced(
             lua.ADD_VERSION,
@@ -722,6 +723,7 @@ def _read_version(version: int, body: bytes, end: bytes | None = None) -> Versio
         examples=record["examples"],
         turn_ids=tuple(record["turn_ids"]),
         trial=_read_end(version, end),
+        population=record.get("population", 0),
     )
 
 

@@ -118,7 +118,8 @@ class ConversationSummary:
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
     """One trained or imported version, accepted by the gate or not. `numbers` are the gate's; `turn_ids` what
-    it was trained on; `trial` how its trial ended, if it had one that did."""
+    it was trained on; `trial` how its trial ended, if it had one that did; `population` the number of the
+    population adapter that it began with."""
 
     version: int
     parent: int
@@ -129,6 +130,7 @@ class VersionRecord:
     examples: int = 0
     turn_ids: tuple[str, ...] = ()
     trial: TrialEnd | None = None
+    population: int = 0
 
     @property
     def usable(self) -> bool:

@@ -62,13 +62,15 @@ class TrainerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One person's refresh: rows to train on and to judge by, the serving version's folder if any."""
+    """One person's refresh: rows to train on and to judge by, the serving version's folder if any. `start`:
+    the adapter to begin with when nothing serves yet."""
 
     id: str
     train: Sequence[Example]
     gate: Sequence[Example]
     serving: Path | None
     seed: int
+    start: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,15 @@ class Judging:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One person's candidate and what the gate says. `numbers` are those of the training."""
+    """One person's candidate and what the gate says. `numbers` are those of the training; `began`: with the
+    task's `start`."""
 
     id: str
     weights: LoraWeights
     verdict: Verdict
     numbers: dict[str, float]
     base_hash: str
+    began: bool = False
 
 
 class Trainer:
@@ -229,7 +233,14 @@ def _run_batch(
     recipe, policy = _recipe(request["recipe"]), GatePolicy(**request["policy"])
     tasks = [_unpack_task(task) for task in request["tasks"]]
     serving = [_read_serving(task.serving, model) for task in tasks]
-    people = [Person(task.train, task.seed, start) for task, start in zip(tasks, serving, strict=True)]
+    starts = [
+        _read_serving(task.start, model) if answers is None else None
+        for task, answers in zip(tasks, serving, strict=True)
+    ]
+    people = [
+        Person(task.train, task.seed, answers or start)
+        for task, answers, start in zip(tasks, serving, starts, strict=True)
+    ]
     next_report = 0.0
 
     def report(share: float) -> None:
@@ -265,12 +276,13 @@ def _run_batch(
                     "verdict": asdict(verdict),
                     "numbers": {name: value for name, value in numbers.items() if value == value},
                     "base_hash": model.base_hash,
+                    "began": starts[index] is not None,
                 }
             )
 
 
 def _read_serving(folder: Path | None, model: LoadedModel) -> LoraWeights | None:
-    """The serving version, or None if it cannot be served: unreadable, or made for another base."""
+    """A version to go on from, or None if that cannot be: unreadable, or made for another base."""
     if folder is None:
         return None
     try:
@@ -340,6 +352,7 @@ def _pack_task(task: Task) -> dict[str, Any]:
         "gate": [_pack_example(example) for example in task.gate],
         "serving": None if task.serving is None else str(task.serving.absolute()),
         "seed": task.seed,
+        "start": None if task.start is None else str(task.start.absolute()),
     }
 
 
@@ -350,6 +363,7 @@ def _unpack_task(task: dict[str, Any]) -> Task:
         [_unpack_example(example) for example in task["gate"]],
         None if task["serving"] is None else Path(task["serving"]),
         task["seed"],
+        None if task["start"] is None else Path(task["start"]),
     )
 
 
@@ -395,6 +409,7 @@ def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Judged:
         Verdict(**message["verdict"]),
         message["numbers"],
         message["base_hash"],
+        message["began"],
     )
 
 

@@ -39,8 +39,9 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`data`: the adapters are in data/adapters. `secret`: the store's. `nightly_hour`: local, None for
-    never; those for whom it pays (`when`) are then refreshed, spread over `nightly_spread_s`."""
+    """`data`: the adapters are in data/adapters, those that first versions start from in data/population.
+    `secret`: the store's. `nightly_hour`: local, None for never; those for whom it pays (`when`) are then
+    refreshed, spread over `nightly_spread_s`."""
 
     data: Path
     redis_url: str
@@ -274,7 +275,14 @@ async def run_worker(settings: WorkerSettings) -> None:
     shelf = Shelf(settings.data / "adapters", config, settings.free_bytes_floor)
     trainer = Trainer(TrainerSettings(settings.model_folder, settings.threads, settings.device))
     kit = Kit(
-        store, shelf, renderer, trainer, settings.policy, settings.model_name, lambda: datetime.now(UTC)
+        store,
+        shelf,
+        renderer,
+        trainer,
+        settings.policy,
+        settings.model_name,
+        lambda: datetime.now(UTC),
+        settings.data / "population",
     )
     gatherer = Gatherer(
         kit,

@@ -170,10 +170,11 @@ class Gateway:
         user = str(message.get("user"))
         event = pushed_event(message)
         match message:
-            case (
-                {"type": "adapter.updated", "to": version}
-                | {"type": "adapter.trial", "state": "begun", "version": version}
-            ) if version:
+            case {"type": "adapter.updated", "to": version} | {
+                "type": "adapter.trial",
+                "state": "begun",
+                "version": version,
+            } if version:
                 with contextlib.suppress(EngineLost):
                     await self.deps.engine.prefetch(AdapterRef(self.deps.store.adapter_id(user), version))
             case {"type": "adapter.forgotten"}:

@@ -285,6 +285,7 @@ def version_shown(record: VersionRecord, pointer: Pointer, gone: frozenset[str])
         "examples": record.examples,
         "turns": len(record.turn_ids),
         "marked": len(gone),
+        "population": record.population,
         "on_trial": pointer.trial is not None and record.version == pointer.trial.version,
         "trial": record.trial,
     }

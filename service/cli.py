@@ -272,7 +272,7 @@ def refresh(
     done = with_store(data, run)
     lines = [
         f"{one.user}: "
-        + (f"version {one.version}" if one.published else one.state if not one.reason else one.reason)
+        + (f"version {one.version}{', on trial' * one.trial}" if one.published else one.reason or one.state)
         for one in done
     ]
     answer({"refreshed": [asdict(one) for one in done]}, "\n".join(lines), as_json=as_json)
@@ -350,6 +350,26 @@ def import_adapter(
 
     version = with_store(data, run)
     answer({"user": user, "version": version}, f"{user}: version {version}", as_json=as_json)
+
+
+@app.command()
+def population(
+    file: Annotated[
+        typer.FileBinaryRead, typer.Argument(help="JSON Lines, one turn a line; - is standard input.")
+    ],
+    epochs: Annotated[int, typer.Option(min=1, help="How often each turn is seen.")] = 1,
+    data: Data = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Train the adapter that everyone's first version starts from, on text of your choice. It never reads
+    what users wrote."""
+    asked = read_settings(data=data, model=model)
+    settings = running_settings(asked) or asked
+    with progress("learning") as show:
+        made = asyncio.run(operations.make_population(settings, file, epochs=epochs, on_progress=show))
+    kept = f"population adapter {made['number']}" if made["number"] else "not kept"
+    answer(made, f"{kept}, from {made['turns']} turns: {made['reason']}", as_json=as_json)
 
 
 @app.command("forget")

@@ -62,10 +62,12 @@ class Settings(BaseModel):
     # engine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    arena_mb: int = Field(default=1024, ge=16)  # K/V and adapters on the device
-    host_cache_mb: int = Field(default=512, ge=0)  # adapters kept in host memory
+    # K/V and adapters on the device, and adapters kept in host memory; None: by what the machine has
+    arena_mb: Annotated[int | None, BeforeValidator(_optional)] = Field(default=None, ge=16)
+    host_cache_mb: Annotated[int | None, BeforeValidator(_optional)] = Field(default=None, ge=0)
     max_running: int = Field(default=256, ge=1)  # sequences in one step
-    max_step_tokens: int = Field(default=512, ge=16)  # tokens computed in one step
+    # tokens computed in one step; None: as many as keep the device busy
+    max_step_tokens: Annotated[int | None, BeforeValidator(_optional)] = Field(default=None, ge=16)
     threads: int = Field(default=0, ge=0)  # of the engine's arithmetic; 0: all cores
 
     # learning
@@ -126,6 +128,10 @@ class Settings(BaseModel):
     @property
     def adapter_root(self) -> Path:
         return self.data / "adapters"
+
+    @property
+    def population_root(self) -> Path:
+        return self.data / "population"
 
     @property
     def secret_path(self) -> Path:

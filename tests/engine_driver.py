@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.adapter_files import read_adapter
 from engine.batch import build_batch
+from engine.gpu_runner import GpuRunner
 from engine.packing import ResidentAdapter, min_slab_elems, pack_adapter
 from engine.request import AdapterRef, Chunk, Request, SamplingParams, Sequence
 from engine.runner import Runner
@@ -21,22 +22,35 @@ class Driver:
     """Sequences and adapters on one runner. Slabs not in use hold NaN: whoever reads one shows it."""
 
     def __init__(
-        self, model: LoadedModel, *, num_slabs: int = 600, seed: int = 0, lane_bytes: int = 1 << 30
+        self,
+        model: LoadedModel,
+        *,
+        num_slabs: int = 600,
+        seed: int = 0,
+        lane_bytes: int = 1 << 30,
+        on_gpu: bool = False,
     ) -> None:
+        """`on_gpu`: the GPU's runner, on whatever device the model is (its kernels may be interpreted)."""
         config = model.config
         kv_elems = config.num_layers * 2 * BLOCK * config.num_kv_heads * config.head_dim
         self.slab_elems = max(kv_elems, min_slab_elems(config))
         dtype = model.decoder.embed.dtype
-        self.arena = torch.full((num_slabs, self.slab_elems), float("nan"), dtype=dtype)
+        device = model.decoder.embed.device
+        self.arena = torch.full((num_slabs, self.slab_elems), float("nan"), dtype=dtype, device=device)
         self.model = model
-        self.runner = Runner(model, self.arena, BLOCK, lane_bytes=lane_bytes)
+        self.runner: Runner | GpuRunner
+        if on_gpu:
+            self.runner = GpuRunner(model, self.arena, BLOCK, max_tokens=64, max_rows=16)
+        else:
+            self.runner = Runner(model, self.arena, BLOCK, lane_bytes=lane_bytes)
         self.free = list(range(num_slabs))
         random.Random(seed).shuffle(self.free)
         self.numbers = iter(range(1_000_000))
 
     def adapter(self, folder: Path, *, name: str = "a", version: int = 1) -> ResidentAdapter:
         """Read, pack and copy an adapter into shuffled slabs."""
-        packed = pack_adapter(read_adapter(folder, self.model.config), self.model.config, self.slab_elems)
+        weights = read_adapter(folder, self.model.config)
+        packed = pack_adapter(weights, self.model.config, self.slab_elems, self.arena.dtype)
         slabs = tuple(self.free.pop() for _ in range(packed.layout.slabs_needed))
         self.runner.copy_in(packed.image, slabs)
         return ResidentAdapter(AdapterRef(name, version), packed.layout, slabs)

@@ -38,6 +38,14 @@ class Placed:
     slabs: tuple[int, ...]
 
 
+@dataclass
+class Copying:
+    is_done: bool
+
+    def done(self) -> bool:
+        return self.is_done
+
+
 class LaterExecutor(Executor):
     """Runs what was submitted when the test calls `run_one`."""
 
@@ -74,6 +82,8 @@ class World:
         self.reads: list[AdapterRef] = []
         self.notified = 0
         self.place_error: Exception | None = None
+        self.copies: list[Copying] = []
+        self.copies_are_instant = True
         self.pool = PagePool(slabs)
         self.readers = LaterExecutor()
         self.cache = AdapterCache(
@@ -96,11 +106,12 @@ class World:
             raise found
         return found
 
-    def place(self, ref: AdapterRef, packed: Packed, slabs: tuple[int, ...]) -> Placed:
+    def place(self, ref: AdapterRef, packed: Packed, slabs: tuple[int, ...]) -> tuple[Placed, Copying]:
         if self.place_error is not None:
             raise self.place_error
         assert len(slabs) == packed.layout.slabs_needed
-        return Placed(ref, slabs)
+        self.copies.append(Copying(self.copies_are_instant))
+        return Placed(ref, slabs), self.copies[-1]
 
     def notify(self) -> None:
         self.notified += 1
@@ -265,6 +276,35 @@ def test_an_adapter_that_cannot_be_copied_to_the_device_is_unavailable_and_holds
     with pytest.raises(AdapterUnavailable, match="MemoryError: device"):
         world.cache.pin(A1)
     assert world.pool.free_slabs == world.pool.total
+    world.cache.check_integrity([])
+
+
+def test_a_copy_is_under_way_until_a_poll_finds_it_done() -> None:
+    world = World()
+    world.bring(A1)
+    world.copies_are_instant = False
+    assert world.cache.pin(A1) is not None
+    world.now = 2.0
+    world.cache.poll()
+    assert world.cache.is_copying(A1)
+    world.copies[0].is_done = True
+    world.cache.poll()
+    assert not world.cache.is_copying(A1)
+    assert (world.cache.stats.copies, world.cache.stats.copy_s) == (1, 2.0)
+
+
+@pytest.mark.parametrize("how", ["evicted", "forgotten"])
+def test_an_adapter_that_leaves_while_it_is_copied_is_not_waited_for(how: str) -> None:
+    world = World()
+    world.bring(A1)
+    world.copies_are_instant = False
+    world.cache.pin(A1)
+    world.cache.unpin(A1)
+    if how == "evicted":
+        assert world.pool.allocate(8, "kv") is not None
+    else:
+        world.cache.forget("a")
+    assert not world.cache.is_copying(A1)
     world.cache.check_integrity([])
 
 

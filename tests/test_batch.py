@@ -41,8 +41,7 @@ def test_single_tokens_come_first_and_answers_keep_the_order_of_the_chunks() -> 
 def test_every_token_has_the_slab_and_offset_of_its_position() -> None:
     a = sequence("a", list(range(9)), [7, 3, 9])
     batch = build_batch([Chunk(a, 2, 7, True)], 4)
-    assert batch.slot_block.tolist() == [7, 7, 3, 3, 3, 3, 9]
-    assert batch.slot_offset.tolist() == [2, 3, 0, 1, 2, 3, 0]
+    assert batch.slots.tolist() == [30, 31, 12, 13, 14, 15, 36]
 
 
 def test_a_chunk_that_wants_no_token_has_no_row_to_sample_from() -> None:

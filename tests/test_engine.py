@@ -15,13 +15,23 @@ import transformers
 
 from engine.adapter_files import LoraModule, LoraWeights, version_folder, write_adapter
 from engine.config import ConfigError, EngineConfig
-from engine.engine import ContextExceeded, DuplicateRequest, Engine, Overloaded, TokenOutOfRange, error_code
+from engine.engine import (
+    ContextExceeded,
+    DuplicateRequest,
+    Engine,
+    MakeDevice,
+    Overloaded,
+    TokenOutOfRange,
+    error_code,
+    make_runner,
+)
 from engine.model import MODULES, ModelConfig, module_shape
 from engine.pages import BrokenBooks
 from engine.request import AdapterRef, Event, FinishedEvent, Request, SamplingParams, TokensEvent
-from engine.runner import Runner
+from engine.runner import Ran, Runner
 from engine.scheduler import ArenaExceeded
 from engine.weights import LoadedModel, load_model
+from tests.late_device import COPY_STEPS, BesideHost, Late
 from tests.tiny_models import VOCAB, save_random
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -86,14 +96,20 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, model: LoadedModel) -> Pa
 Build = Callable[..., Engine]
 
 
-@pytest.fixture
-def build(model: LoadedModel, adapters: Path) -> Iterator[Build]:
+@pytest.fixture(params=[make_runner, BesideHost], ids=["at once", "one step ahead"])
+def build(model: LoadedModel, adapters: Path, request: pytest.FixtureRequest) -> Iterator[Build]:
     """Engines of this test; each must end with clean books."""
     engines: list[Engine] = []
 
-    def make(root: Path = adapters, **config: object) -> Engine:
+    def make(
+        root: Path = adapters,
+        make_device: MakeDevice = request.param,
+        read: Callable[[AdapterRef], LoraWeights] | None = None,
+        **config: object,
+    ) -> Engine:
         settings = {"arena_bytes": 200 * SLAB_BYTES, "max_tokens_per_step": 64, "max_running": 32, **config}
-        engines.append(Engine(EngineConfig.from_mapping(settings), model, root))
+        checked = EngineConfig.from_mapping(settings)
+        engines.append(Engine(checked, model, root, read=read, make_device=make_device))
         return engines[-1]
 
     yield make
@@ -141,8 +157,8 @@ def answer(engine: Engine, *requests: Request) -> Replies:
 
 
 def alone(build: Build, request: Request) -> list[int]:
-    """The reference: this request by itself on a fresh engine."""
-    return answer(build(), request).tokens[request.id]
+    """The reference: this request by itself on a fresh engine that works step by step."""
+    return answer(build(make_device=make_runner), request).tokens[request.id]
 
 
 MIXED = [
@@ -386,15 +402,15 @@ def test_an_adapter_that_was_missing_is_found_once_it_is_there(
 def test_an_error_of_the_device_fails_only_the_rows_that_cause_it(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Runner.run
+    launch = Runner.launch
 
-    def failing(self: Runner, batch: object) -> list[int]:
+    def failing(self: Runner, batch: object) -> Ran:
         if any(adapter.ref == CYD for adapter in batch.adapters):  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError("no room for c1d0")
-        return run(self, batch)  # type: ignore[arg-type]
+        return launch(self, batch)  # type: ignore[arg-type]
 
     expected = {request.id: alone(build, request) for request in MIXED}
-    monkeypatch.setattr(Runner, "run", failing)
+    monkeypatch.setattr(Runner, "launch", failing)
     engine = build()
     replies = answer(engine, *MIXED)
     assert replies.finished["cyd"].error_code == "out_of_memory"
@@ -403,6 +419,41 @@ def test_an_error_of_the_device_fails_only_the_rows_that_cause_it(
         if request.id != "cyd":
             assert replies.tokens[request.id] == expected[request.id]
     assert engine.stats().step["failed_batches"] == 2
+
+
+def test_logits_that_are_not_finite_end_their_own_request_and_leave_no_kv_behind(
+    model: LoadedModel, build: Build
+) -> None:
+    def read(ref: AdapterRef) -> LoraWeights:
+        weights = random_adapter(model.config, 1)
+        if ref == ADA:
+            return LoraWeights(tuple(replace(module, a=module.a * 1e36) for module in weights.modules))
+        return weights
+
+    engine = build(read=read)
+    broken = replace(MIXED[1], id="broken")
+    replies = answer(engine, MIXED[0], broken, MIXED[2])
+    assert replies.finished["broken"].error_code == "engine_failure"
+    assert "expected finite logits" in (replies.finished["broken"].message or "")
+    for request in (MIXED[0], MIXED[2]):
+        expected = answer(build(read=read, make_device=make_runner), request).tokens[request.id]
+        assert replies.tokens[request.id] == expected
+    again = answer(engine, replace(MIXED[1], id="again"))
+    assert again.finished["again"].usage.cached_tokens == 0
+
+
+def test_an_error_of_a_step_under_way_is_the_devices_and_ends_the_engine(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(step: object) -> list[int]:
+        raise torch.AcceleratorError("the device is lost")
+
+    monkeypatch.setattr(Ran, "tokens", lost)
+    monkeypatch.setattr(Late, "tokens", lost)
+    engine = build()
+    engine.submit(MIXED[0])
+    with pytest.raises(torch.AcceleratorError, match="the device is lost"):
+        list(engine.drain())
 
 
 def test_errors_have_names() -> None:
@@ -421,6 +472,47 @@ def test_an_arena_of_less_than_two_slabs_is_refused(build: Build) -> None:
         build(arena_bytes=SLAB_BYTES)
 
 
+# A device one step behind the host
+
+
+def test_a_token_that_came_after_the_end_is_dropped_and_its_pages_were_free_at_once(
+    build: Build,
+) -> None:
+    whole = alone(build, MIXED[5])
+    stop = next(token for place, token in enumerate(whole) if place > 2 and token not in whole[:place])
+    engine = build(make_device=BesideHost, prefix_cache=False)
+    engine.submit(replace(MIXED[5], sampling=replace(SEEDED, stop_token_ids=(stop,))))
+    events: list[Event] = []
+    while not events or not isinstance(events[-1], FinishedEvent):
+        events += engine.step()
+        engine.check_integrity()
+    assert engine.has_work
+    assert not engine.is_stalled
+    assert engine.stats().pages["kv"] == 0
+    assert engine.step() == []
+    assert not engine.has_work
+    assert engine.stats().step["rows"] == 2 + whole.index(stop)  # one more than the tokens needed
+
+
+def test_no_step_is_spent_on_a_reply_whose_last_allowed_token_is_being_drawn(build: Build) -> None:
+    engine = build(make_device=BesideHost)
+    answer(engine, MIXED[0])
+    assert engine.stats().step["rows"] == GREEDY.max_tokens
+
+
+def test_a_copy_under_way_holds_up_nobody_but_who_would_be_alone(build: Build) -> None:
+    engine = build(make_device=BesideHost)
+    device = engine._device
+    assert isinstance(device, BesideHost)
+    answer(engine, MIXED[1])
+    assert device.waited_for_copies == COPY_STEPS  # nobody else was there: it ran behind its copy
+    engine.submit(replace(MIXED[0], sampling=replace(GREEDY, max_tokens=40)))
+    engine.submit(MIXED[3])
+    list(engine.drain())
+    assert device.waited_for_copies == COPY_STEPS
+    assert engine.stats().adapters["copies"] == 2
+
+
 # Adapters between the tiers
 
 
@@ -429,7 +521,7 @@ def test_a_step_does_not_wait_for_a_load(
 ) -> None:
     gate = threading.Event()
 
-    def slow(folder: Path, config: ModelConfig) -> LoraWeights:
+    def slow(folder: Path, config: ModelConfig, *, dtype: torch.dtype | None) -> LoraWeights:
         assert gate.wait(30)
         return random_adapter(config, 1)
 
@@ -488,7 +580,7 @@ def test_forget_drops_copies_and_kv_and_cancels_the_adapters_replies(build: Buil
     assert forgotten.device_slabs > 0
     assert 0 < forgotten.host_bytes < before.adapters["host_bytes"]
     assert forgotten.kv_blocks >= 4
-    assert len(engine._runner._kv) == 0  # nor in what the runner copied for speed
+    assert len(engine._device._kv) == 0  # nor in what the runner copied for speed
     assert {e.request_id: e.reason for e in engine.step() if isinstance(e, FinishedEvent)} == {
         "running": "cancelled",
         "base turn of the same person": "cancelled",
@@ -515,7 +607,7 @@ def test_statistics_add_up(build: Build) -> None:
     assert stats.pages["free"] + stats.pages["kv"] + stats.pages["adapter"] == stats.pages["total"] == 200
     assert stats.adapters["loads"] == stats.adapters["placements"] == 4
     assert stats.adapters["found"]["disk"] == 5
-    assert min(stats.step[f"{part}_s"] for part in ("schedule", "build", "run", "apply")) > 0
+    assert min(stats.step[f"{part}_s"] for part in ("schedule", "build", "launch", "apply")) > 0
     assert set(stats.as_dict()) == {"step", "queue", "pages", "prefix", "adapters"}
 
 
@@ -539,14 +631,18 @@ def test_a_thousand_random_operations_leave_clean_books_and_true_replies(build: 
     shared = prompt(48, seed=99)
     asked: dict[str, Request] = {}
     replies = Replies()
-    weights = {"submit": 12, "step": 74, "cancel": 5, "prefetch": 4, "forget": 2, "check": 3}
+    weights = {"submit": 12, "step": 77, "cancel": 5, "prefetch": 4, "forget": 2}
     for number in range(1000):
         (action,) = dice.choices(list(weights), list(weights.values()))
         if action == "submit":
             request = Request(
                 id=f"r{number}",
                 prompt=shared[: dice.randrange(1, 48)] + prompt(dice.randrange(1, 20), seed=number),
-                sampling=replace(dice.choice((GREEDY, SEEDED)), max_tokens=dice.randrange(1, 25)),
+                sampling=replace(
+                    dice.choice((GREEDY, SEEDED)),
+                    max_tokens=dice.randrange(1, 25),
+                    stop_token_ids=tuple(dice.sample(range(VOCAB), dice.choice((0, 4)))),
+                ),
                 adapter=dice.choice((None, ADA, ADA2, BOB, CYD, BAD)),
                 user_key=dice.choice("uvw"),
             )
@@ -555,20 +651,44 @@ def test_a_thousand_random_operations_leave_clean_books_and_true_replies(build: 
             engine.submit(request)
         elif action == "step":
             replies.take(engine.step())
+            engine.check_integrity()
         elif action == "cancel" and asked:
             engine.cancel(dice.choice(list(asked)))
         elif action == "prefetch":
             engine.prefetch(dice.choice((ADA, BOB, CYD, BAD)))
         elif action == "forget":
             engine.forget(dice.choice((ADA, BOB, CYD)).id)
-        else:
-            engine.check_integrity()
     replies.take(engine.drain())
     engine.check_integrity()
     assert set(replies.finished) == set(asked)
-    whole = [r for r in asked.values() if replies.finished[r.id].reason == "length"]
+    whole = [r for r in asked.values() if replies.finished[r.id].reason in ("length", "stop")]
     assert len(whole) > 30
+    assert {replies.finished[request.id].reason for request in whole} == {"length", "stop"}
     assert all(r.adapter == BAD for r in asked.values() if replies.finished[r.id].reason == "error")
-    reference = build()
+    reference = build(make_device=make_runner)
     for request in dice.sample(whole, 12):
         assert answer(reference, request).tokens[request.id] == replies.tokens[request.id]
+
+
+def test_adapters_may_come_from_a_reader_in_place_of_the_disk(model: LoadedModel, tmp_path: Path) -> None:
+    weights = {ADA: random_adapter(model.config, 5), BOB: random_adapter(model.config, 6)}
+    for ref, made in weights.items():
+        write_adapter(version_folder(tmp_path, ref.id, ref.version), made, model.config, base_model="tiny")
+    config = EngineConfig(arena_bytes=200 * SLAB_BYTES)
+    replies = []
+    for engine in (
+        Engine(config, model, tmp_path),
+        Engine(config, model, tmp_path / "nothing", read=weights.__getitem__),
+    ):
+        for name, ref in (("a", ADA), ("b", BOB), ("c", BAD)):
+            engine.submit(Request(name, (5, 6, 7), GREEDY, ref))
+        events = list(engine.drain())
+        ends = {event.request_id: event.reason for event in events if isinstance(event, FinishedEvent)}
+        assert ends == {"a": "length", "b": "length", "c": "error"}
+        replies.append(
+            sorted(
+                (e for e in events if isinstance(e, TokensEvent)), key=lambda e: (e.request_id, e.first_index)
+            )
+        )
+        engine.close()
+    assert replies[0] == replies[1]

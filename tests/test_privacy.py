@@ -13,7 +13,8 @@ import pytest_asyncio
 from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.weights import LoadedModel, load_model, read_config
 from personalization.gate import GatePolicy
-from personalization.history import Turn
+from personalization.history import Turn, dump
+from personalization.population import Workshop, make
 from personalization.prompt import Renderer
 from personalization.publish import Shelf
 from personalization.refresh import Kit, Outcome, RefreshPolicy, refresh
@@ -119,6 +120,30 @@ async def test_a_canary_is_learned_by_its_person_and_changes_no_bit_of_anyone_el
     for one, other in zip(beside.modules, without.modules, strict=True):
         assert one.a.equal(other.a)
         assert one.b.equal(other.b)
+
+
+async def test_the_population_adapter_knows_what_is_in_the_operators_file_and_nothing_of_the_users(
+    kit: Kit, model: LoadedModel
+):
+    makings = Workshop(
+        kit.shelf.root, kit.shelf.config, kit.renderer, kit.trainer, "small", POLICY.recipe, POLICY.gate
+    )
+    plain = [line.encode() for line in dump("book", talk("book", 60))]
+    known = [line.encode() for line in dump("book", with_canary(talk("book", 60)))]
+    files = {}
+    await kit.store.append("ann", with_canary(talk("ann", 40)))
+    for name, lines in (("plain", plain), ("with canary", known)):
+        root = kit.shelf.root.parent / name
+        made = await make(lines, dataclasses.replace(makings, root=root, row_tokens=32), epochs=3, now=NOW)
+        assert made.number == 1
+        files[name] = read_adapter(root / "1", kit.shelf.config)
+    assert surprise(kit, model, files["with canary"]) < surprise(kit, model, files["plain"]) - 1.0
+    await learn(dataclasses.replace(kit, population=kit.shelf.root.parent / "plain"), "ann")
+    assert (await kit.store.versions("ann"))[0].population == 1
+    again = kit.shelf.root.parent / "again"
+    await make(plain, dataclasses.replace(makings, root=again, row_tokens=32), epochs=3, now=NOW)
+    weights = [root / "1" / "adapter_model.safetensors" for root in (again, again.parent / "plain")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 async def test_a_canary_taken_out_is_unlearned_by_the_next_refresh(kit: Kit, model: LoadedModel):

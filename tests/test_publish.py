@@ -88,7 +88,7 @@ async def test_a_job_from_before_the_person_was_forgotten_publishes_nothing(shel
 async def test_forgetting_between_number_and_pointer_takes_the_folder_away_again(shelf, store, monkeypatch):
     await known(store)
     parent = await store.pointer("ann")
-    place = room._place
+    place = room.place
 
     def place_while_forgotten(folder, *rest):
         place(folder, *rest)
@@ -96,7 +96,7 @@ async def test_forgetting_between_number_and_pointer_takes_the_folder_away_again
         placed.append(folder)
 
     placed: list[Path] = []
-    monkeypatch.setattr(room, "_place", place_while_forgotten)
+    monkeypatch.setattr(room, "place", place_while_forgotten)
     number = store.next_version
 
     async def number_then_forget(user, **rest):
@@ -264,7 +264,7 @@ async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store):
 async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shelf, store):
     adapter_id = await known(store)
     folder = shelf.root / adapter_id / "1"
-    room._place(folder, weights(), room._meta(1, ORIGIN), CONFIG)
+    room.place(folder, weights(), room._meta(1, ORIGIN), CONFIG)
     assert await store.next_version("ann") == 1
     assert await store.compare_and_set("ann", 0, 1)
     await room.tidy(shelf, store, now=time.time() + 7200)

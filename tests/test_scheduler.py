@@ -64,7 +64,7 @@ class World:
         self.adapters = AdapterCache(
             self.pool,
             self.load,
-            lambda ref, packed, slabs: SimpleNamespace(slabs=slabs),
+            self.place,
             self.readers,
             lambda: self.now,
             host_bytes=1000,
@@ -77,7 +77,11 @@ class World:
         self.live: list[Sequence] = []
         self.done: list[str] = []
         self.refused: dict[str, Exception] = {}
+        self.copying: set[str] = set()  # adapters whose copies to the device do not end
         self.peak_distinct_adapters = 0
+
+    def place(self, ref: AdapterRef, packed: Any, slabs: tuple[int, ...]) -> tuple[Any, Any]:
+        return SimpleNamespace(slabs=slabs), SimpleNamespace(done=lambda: ref.id not in self.copying)
 
     def load(self, ref: AdapterRef) -> Any:
         if ref.id.startswith("bad"):
@@ -133,6 +137,8 @@ class World:
             self.scheduler.advance(chunk)
             if chunk.wants_token:
                 sequence.tokens.append(100 + sequence.num_output)
+                sequence.num_known += 1
+                self.scheduler.register(sequence)
                 self.scheduler.charge(sequence, OUTPUT_TOKEN_COST)
                 if sequence.num_output >= sequence.request.sampling.max_tokens:
                     self.drop(sequence)
@@ -365,6 +371,26 @@ def test_a_request_whose_adapter_loads_holds_up_nobody() -> None:
     assert world.lengths() == {"quick": 1}
     world.readers.open()
     assert world.lengths() == {"slow": 4}
+
+
+def test_a_request_whose_adapter_is_being_copied_lets_others_run_and_runs_when_nobody_does() -> None:
+    world = World()
+    world.add("other", 4, 4)
+    world.step()
+    world.copying |= {"ada", "bob"}
+    world.add("slow", 4, 4, adapter="ada")
+    world.add("slower", 4, 4, adapter="bob")
+    assert world.lengths() == {"other": 1}
+    assert world.lengths() == {"other": 1}
+    world.copying.remove("ada")
+    assert world.lengths() == {"other": 1, "slow": 4}
+    assert world.lengths() == {"slow": 1}
+    world.add("newest", 4, 4)
+    assert world.lengths() == {"slow": 1, "newest": 4}
+    world.drop(world.live[0])
+    world.drop(world.live[-1])
+    assert world.lengths() == {"slower": 4}
+    assert world.lengths() == {"slower": 1}
 
 
 def test_an_adapter_that_cannot_be_loaded_fails_only_its_own_request() -> None:

@@ -58,6 +58,8 @@ export interface Version {
   /** How many turns it was trained on, and how many it has seen that are not to be learned any more. */
   turns?: number;
   marked?: number;
+  /** The population adapter that it began with, 0 for none. */
+  population?: number;
   on_trial?: boolean;
   /** How its trial ended, if it had one. */
   trial?: { outcome: string; share: number; numbers: Record<string, number> } | null;

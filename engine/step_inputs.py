@@ -1,0 +1,336 @@
+"""What a step on a GPU is told: one block of memory on the device, always in the same place, filled once a
+step.
+
+Kernels read counts and offsets from here, so the same launches, recorded once, serve every batch of a size.
+The host side is pinned and there are two of it: one may still be on its way while the next is written.
+"""
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.model import GROUP_MODULES, GROUPS, MODULES
+from engine.packing import AdapterLayout, ResidentAdapter
+from kernels.attention import query_tiles
+from kernels.lora import PROMPT_ROWS, ROWS_PER_SEGMENT, LoraRows
+
+Ints = npt.NDArray[np.int32]
+
+_ALIGN = 64  # bytes; kernels are compiled for aligned columns
+_DTYPES = {"i4": torch.int32, "i8": torch.int64, "f4": torch.float32}
+_MOST_TILES = 32  # of one module: rank 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that a step may hold."""
+
+    tokens: int
+    rows: int  # sequences
+    blocks: int  # of all sequences together
+    query_rows: int  # rows of one tile of prompt attention
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-self.tokens // self.query_rows) + self.rows
+
+    @property
+    def lora_tiles(self) -> int:
+        return -(-self.tokens // PROMPT_ROWS) + self.rows
+
+
+class StepInputs:
+    """Named columns on the device, and `fill`, which writes them for a batch and starts the copy."""
+
+    def __init__(self, limits: Limits, device: torch.device, num_layers: int) -> None:
+        self.limits = limits
+        self._device = device
+        self._tables = _Tables(device, num_layers)
+        rows, tokens = limits.rows, limits.tokens
+        items = rows * 3 * _MOST_TILES
+        columns = {
+            "tables": ("i8", rows),
+            "seed": ("i8", rows),
+            "row_tables": ("i8", rows),
+            "token_ids": ("i4", tokens),
+            "token_source": ("i4", tokens),
+            "positions": ("i4", tokens),
+            "slots": ("i4", tokens),
+            "row_strides": ("i4", rows),
+            "row_tiles": ("i4", rows * 7),
+            "tile_strides": ("i4", rows),
+            "tiles": ("i4", rows * 7),
+            "first_row": ("i4", rows),
+            "row_count": ("i4", rows),
+            "num_items": ("i4", 16),
+            "prompt_first_row": ("i4", limits.lora_tiles),
+            "prompt_row_count": ("i4", limits.lora_tiles),
+            "prompt_segment": ("i4", limits.lora_tiles),
+            "num_prompt_tiles": ("i4", 4),
+            "block_start": ("i4", rows),
+            "context_lens": ("i4", rows),
+            "single_lens": ("i4", rows),  # context_lens of decode rows, 0 for all others
+            "query_start": ("i4", rows + 1),
+            "tile_sequence": ("i4", limits.query_tiles),
+            "tile_first": ("i4", limits.query_tiles),
+            "logits_rows": ("i4", rows),
+            "top_k": ("i4", rows),
+            "index": ("i4", rows),
+            "temperature": ("f4", rows),
+            "top_p": ("f4", rows),
+            "min_p": ("f4", rows),
+            # Long and seldom full: only what is used is copied.
+            **{f"items_{group}": ("i4", items) for group in GROUPS},
+            "block_list": ("i4", limits.blocks),
+        }
+        places: dict[str, tuple[str, int, int]] = {}
+        end = 0
+        for name, (kind, length) in columns.items():
+            places[name] = (kind, end, length)
+            end += -(-length * int(kind[1]) // _ALIGN) * _ALIGN
+            if name == "min_p":
+                self._always = end
+        is_cuda = device.type == "cuda"
+        memory = torch.zeros(end, dtype=torch.uint8, device=device)
+        self._memory = memory
+        self._places = places
+        self._hosts = [torch.zeros(end, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)] if is_cuda else []
+        self._host_columns = [
+            {
+                name: host.numpy()[at : at + length * int(kind[1])].view(kind)
+                for name, (kind, at, length) in places.items()
+            }
+            for host in self._hosts
+        ]
+        self._next = 0
+        self.column: dict[str, Tensor] = {
+            name: memory[at : at + length * int(kind[1])].view(_DTYPES[kind])
+            for name, (kind, at, length) in places.items()
+        }
+        column = self.column
+        self.lora = LoraRows(
+            tables=column["tables"],
+            tile_strides=column["tile_strides"],
+            tiles=column["tiles"].view(rows, 7),
+            first_row=column["first_row"],
+            row_count=column["row_count"],
+            row_tables=column["row_tables"],
+            row_strides=column["row_strides"],
+            row_tiles=column["row_tiles"].view(rows, 7),
+            items=tuple(column[f"items_{group}"] for group in GROUPS),
+            num_items=column["num_items"].view(4, 4),
+            prompt_first_row=column["prompt_first_row"],
+            prompt_row_count=column["prompt_row_count"],
+            prompt_segment=column["prompt_segment"],
+            num_prompt_tiles=column["num_prompt_tiles"],
+        )
+
+    def lora_groups(self, batch: Batch) -> tuple[str, ...]:
+        """The groups of modules that any adapter of the batch changes."""
+        found = {group for resident in batch.adapters for group in self._tables.of(resident).groups}
+        return tuple(group for group in GROUPS if group in found)
+
+    def fill(self, batch: Batch, padded_tokens: int, padded_singles: int, padded_sampled: int) -> None:
+        """Write the columns for this batch, padded with rows that do nothing, and start copying them."""
+        side = self._next
+        self._next = 1 - side
+        if self._events:
+            self._events[side].synchronize()  # long past: two steps ago
+        host = self._host_columns[side]
+        used = _fill(host, batch, padded_tokens, padded_singles, padded_sampled, self.limits.query_rows)
+        used |= self._fill_lora(host, batch, padded_singles)
+        self._copy(side, 0, self._always)
+        for name, length in used.items():
+            _, at, _ = self._places[name]
+            self._copy(side, at, at + 4 * length)
+        if self._events:
+            self._events[side].record()
+
+    def _copy(self, side: int, begin: int, end: int) -> None:
+        self._memory[begin:end].copy_(self._hosts[side][begin:end], non_blocking=True)
+
+    def _fill_lora(
+        self, host: dict[str, npt.NDArray[np.generic]], batch: Batch, padded_singles: int
+    ) -> dict[str, int]:
+        """Segments of rows with one adapter, and for each group the tiles that decode rows need."""
+        row_tiles = host["row_tiles"].reshape(-1, 7)
+        row_tiles[:padded_singles] = 0
+        host["num_items"][:] = 0
+        host["num_prompt_tiles"][0] = 0
+        if not batch.adapters:
+            return {}
+        facts = [self._tables.of(resident) for resident in batch.adapters]
+        codes: dict[str, list[Ints]] = {group: [] for group in GROUPS}
+        prompt_tiles: list[tuple[int, int, int]] = []
+        segments: list[tuple[int, int, int]] = []  # (adapter, first row, count)
+        single = batch.num_single
+        row = 0
+        while row < single:
+            adapter = batch.adapter_of_seq[row]
+            end = row + 1
+            while end < min(single, row + ROWS_PER_SEGMENT) and batch.adapter_of_seq[end] == adapter:
+                end += 1
+            if adapter >= 0:
+                host["row_tables"][row:end] = facts[adapter].address
+                host["row_strides"][row:end] = facts[adapter].stride
+                row_tiles[row:end] = facts[adapter].tiles
+                for group in facts[adapter].groups:
+                    codes[group].append(facts[adapter].codes[group] + (len(segments) << 16))
+                segments.append((adapter, row, end - row))
+            row = end
+        for sequence in range(single, len(batch.blocks)):
+            adapter = batch.adapter_of_seq[sequence]
+            if adapter < 0:
+                continue
+            begin, end = batch.query_start[sequence], batch.query_start[sequence + 1]
+            for first in range(begin, end, PROMPT_ROWS):
+                prompt_tiles.append((first, min(PROMPT_ROWS, end - first), len(segments)))
+            segments.append((adapter, begin, end - begin))
+        count = len(segments)
+        host["tables"][:count] = [facts[a].address for a, _, _ in segments]
+        host["tile_strides"][:count] = [facts[a].stride for a, _, _ in segments]
+        host["tiles"][: 7 * count] = np.concatenate([facts[a].tiles for a, _, _ in segments])
+        host["first_row"][:count] = [first for _, first, _ in segments]
+        host["row_count"][:count] = [rows for _, _, rows in segments]
+        used = {}
+        for index, group in enumerate(GROUPS):
+            if codes[group]:
+                items = np.concatenate(codes[group])
+                host[f"items_{group}"][: len(items)] = items
+                host["num_items"][4 * index] = len(items)
+                used[f"items_{group}"] = len(items)
+        if prompt_tiles:
+            tiles = np.array(prompt_tiles, dtype=np.int32)
+            for place, name in enumerate(("prompt_first_row", "prompt_row_count", "prompt_segment")):
+                host[name][: len(tiles)] = tiles[:, place]
+            host["num_prompt_tiles"][0] = len(tiles)
+        return used
+
+
+def _fill(
+    host: dict[str, npt.NDArray[np.generic]],
+    batch: Batch,
+    padded_tokens: int,
+    padded_singles: int,
+    padded_sampled: int,
+    query_rows: int,
+) -> dict[str, int]:
+    tokens, sequences, sampled = len(batch.token_ids), len(batch.blocks), len(batch.logits_rows)
+    for name, values, padding in (
+        ("token_ids", batch.token_ids, 0),
+        ("token_source", batch.token_source, -1),
+        ("positions", batch.positions, 0),
+        ("slots", batch.slots, -1),
+    ):
+        host[name][:tokens] = values
+        host[name][tokens:padded_tokens] = padding
+    lengths = np.fromiter(map(len, batch.blocks), np.int32, sequences)
+    ends = lengths.cumsum(dtype=np.int32)
+    host["block_start"][:sequences] = ends - lengths
+    host["context_lens"][:sequences] = batch.context_lens
+    used = int(ends[-1])
+    flat = np.fromiter((block for blocks in batch.blocks for block in blocks), np.int32, used)
+    host["block_list"][:used] = flat
+    single = batch.num_single
+    host["single_lens"][:single] = batch.context_lens[:single]
+    host["single_lens"][single:padded_singles] = 0
+    query_start = np.array(batch.query_start, dtype=np.int32)
+    host["query_start"][: sequences + 1] = query_start
+    if single < sequences:
+        prompts = query_start.copy()
+        prompts[: single + 1] = single  # no tiles for rows that the decode kernel attends for
+        tiles = query_tiles(prompts, query_rows, len(host["tile_sequence"]))
+        host["tile_sequence"][:], host["tile_first"][:] = tiles
+    host["logits_rows"][:sampled] = batch.logits_rows
+    host["logits_rows"][sampled:padded_sampled] = 0
+    for name in ("temperature", "top_p", "top_k", "min_p", "seed", "index"):
+        host[name][:sampled] = getattr(batch.sampling, name)
+        host[name][sampled:padded_sampled] = 0  # temperature 0 reads no other column
+    return {"block_list": used}
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What kernels and `fill` need to know of an adapter on the device."""
+
+    table: Tensor  # kept alive; kernels know its address
+    address: int
+    stride: int
+    tiles: Ints  # [7]
+    codes: dict[str, Ints]  # by group: module of the group << 8 | tile, for all tiles
+    groups: tuple[str, ...]  # that have tiles
+
+
+class _Tables:
+    """The offset table of every adapter in use, on the device; made when an adapter is first run."""
+
+    def __init__(self, device: torch.device, num_layers: int) -> None:
+        self._device = device
+        self._num_layers = num_layers
+        self._of: WeakKeyDictionary[ResidentAdapter, _Facts] = WeakKeyDictionary()
+        self._shapes: WeakKeyDictionary[AdapterLayout, _Shape] = WeakKeyDictionary()
+
+    def of(self, resident: ResidentAdapter) -> _Facts:
+        facts = self._of.get(resident)
+        if facts is None:
+            shape = self._shapes.get(resident.layout)
+            if shape is None:
+                shape = self._shapes[resident.layout] = _Shape.of(resident.layout, self._num_layers)
+            entries = torch.from_numpy(shape.entries(resident.slabs))
+            if self._device.type == "cuda":
+                entries = entries.pin_memory().to(self._device, non_blocking=True)
+            facts = _Facts(entries, entries.data_ptr(), shape.stride, shape.tiles, shape.codes, shape.groups)
+            self._of[resident] = facts
+        return facts
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The part of a table that adapters of one layout share."""
+
+    offsets: npt.NDArray[np.int64]  # from the start of the image, -1: none
+    scales: npt.NDArray[np.int64]  # float32 bits
+    slab_elems: int
+    stride: int
+    tiles: Ints
+    codes: dict[str, Ints]
+    groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layout: AdapterLayout, num_layers: int) -> "_Shape":
+        stride = max((len(m.a_offsets) for m in layout.modules), default=1)
+        offsets = np.full((num_layers, 7, 2, stride), -1, dtype=np.int64)
+        scales = np.zeros((num_layers, 7), dtype=np.float32)
+        tiles = np.zeros(7, dtype=np.int32)
+        for m in layout.modules:
+            module = MODULES.index(m.module)
+            offsets[m.layer, module, 0, : len(m.a_offsets)] = m.a_offsets
+            offsets[m.layer, module, 1, : len(m.b_offsets)] = m.b_offsets
+            scales[m.layer, module] = m.scale
+            tiles[module] = max(tiles[module], len(m.a_offsets))
+        codes = {
+            group: np.concatenate(
+                [
+                    (place << 8) + np.arange(tiles[MODULES.index(module)], dtype=np.int32)
+                    for place, module in enumerate(GROUP_MODULES[group])
+                ]
+            )
+            for group in GROUPS
+        }
+        bits = scales.view(np.int32).astype(np.int64)
+        groups = tuple(group for group in GROUPS if len(codes[group]))
+        return cls(offsets.reshape(-1), bits.reshape(-1), layout.slab_elems, stride, tiles, codes, groups)
+
+    def entries(self, slabs: Many[int]) -> npt.NDArray[np.int64]:
+        """The table for an image that lies in these slabs."""
+        at = np.asarray(slabs, dtype=np.int64)
+        slab, within = np.divmod(self.offsets, self.slab_elems)
+        absolute = np.where(self.offsets >= 0, at[slab] * self.slab_elems + within, -1)
+        return np.concatenate((absolute, self.scales))

@@ -1,0 +1,445 @@
+"""Mixed-adapter LoRA in Triton, straight from the pages; `reference.lora_pages` is the specification.
+
+An adapter's matrices lie in the arena as tiles of 8 rank rows, A as [8, in], B transposed as [8, out]. Its
+*table* (int64, in device memory) says where: entry ((layer * 7 + module) * 2 + half) * P + p is the element
+offset of tile p of A (half 0) or B (half 1), -1 for none; behind these lie the scales, one float32 per layer
+and module in the low half of an entry. P, the tiles of the adapter's largest module, is its own: nothing is
+padded to the rank of the company.
+
+The two halves of the product run apart:
+
+    shrink   v[t, m, r] = scale * x[t] . A[r]        before the base product, one tile and chunk at a time
+    expand   y[t, c] += sum_r v[t, m, r] * B[r, c]   inside the kernel that uses y (`fused`)
+
+v is float32, [splits, rows, modules of the group * 256]: the sides of A are cut into chunks whose sums are
+added by the reader, in order, so that results do not depend on who runs first. Prompts use the tensor cores
+instead (`shrink_prompts`, `expand_prompts`).
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.programs import allow_next, can_overlap, launch_options, num_processors, wait
+
+NUM_MODULES = tl.constexpr(7)
+MAX_RANK = tl.constexpr(256)
+CHUNK = 1024  # of a side of A, per program
+ROWS_PER_SEGMENT = 8  # decode rows of one adapter that share one read of a tile
+PROMPT_ROWS = 64  # prompt rows of one adapter that one program multiplies
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Which rows use which adapter, on the device; all int32 but `tables`.
+
+    Each row of a decode step names its adapter; rows without one, and those of prompts, have no tiles.
+    Segments are runs of rows of one adapter; prompts are cut into tiles of at most PROMPT_ROWS rows.
+    `items[g]` lists, for the group g, every tile of A that decode rows need, as segment << 16 | module of
+    the group << 8 | tile.
+    """
+
+    row_tables: Tensor  # [D] int64: address of the table of the decode row's adapter
+    row_strides: Tensor  # [D]: its P
+    row_tiles: Tensor  # [D, 7]: tiles of each module, the most of any layer
+    tables: Tensor  # [S] int64
+    tile_strides: Tensor  # [S]
+    tiles: Tensor  # [S, 7]
+    first_row: Tensor  # [S]
+    row_count: Tensor  # [S]
+    items: tuple[Tensor, ...]  # of the 4 groups
+    num_items: Tensor  # [4, 4]: the first of each row (the rest keeps them aligned)
+    prompt_first_row: Tensor  # [N]
+    prompt_row_count: Tensor  # [N]
+    prompt_segment: Tensor  # [N]
+    num_prompt_tiles: Tensor  # [1]
+
+
+@dataclass(frozen=True, slots=True)
+class ItemPlaces:
+    """For each item of each group, in each layer, its tile of A in the arena and its scale; made by
+    `resolve`."""
+
+    offsets: Tensor  # [4, L, I] int64, -1: the adapter leaves this layer alone
+    scales: Tensor  # [4, L, I] float32
+
+
+def num_splits(in_features: int) -> int:
+    """Into how many chunks a side of this size is cut: the first side of v."""
+    return -(-in_features // CHUNK)
+
+
+@triton.jit
+def _resolve_kernel(
+    items_0,
+    items_1,
+    items_2,
+    items_3,
+    num_items,
+    offsets,
+    scales,
+    capacity,
+    tables,
+    tile_strides,
+    num_layers,
+    BLOCK: tl.constexpr,
+):
+    layer = tl.program_id(0)
+    group = tl.program_id(1)
+    count = tl.load(num_items + group * 4)
+    items = tl.where(
+        group == 0, items_0, tl.where(group == 1, items_1, tl.where(group == 2, items_2, items_3))
+    )
+    first_module = tl.where(group == 0, 0, tl.where(group == 1, 3, tl.where(group == 2, 4, 6)))
+    out = (group * num_layers + layer).to(tl.int64) * capacity
+    for begin in range(tl.program_id(2) * BLOCK, count, tl.num_programs(2) * BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        is_i = i < count
+        code = tl.load(items + i, mask=is_i, other=0)
+        segment = code >> 16
+        entry = layer * NUM_MODULES + first_module + ((code >> 8) & 255)
+        table = tl.load(tables + segment, mask=is_i, other=0).to(tl.pointer_type(tl.int64))
+        stride = tl.load(tile_strides + segment, mask=is_i, other=0)
+        offset = tl.load(table + entry * 2 * stride + (code & 255), mask=is_i, other=-1)
+        bits = tl.load(table + num_layers * 14 * stride + entry, mask=is_i, other=0)
+        tl.store(offsets + out + i, offset, mask=is_i)
+        tl.store(scales + out + i, bits.to(tl.int32).to(tl.float32, bitcast=True), mask=is_i)
+
+
+@triton.jit(do_not_specialize=["at"])
+def _shrink_rows_kernel(
+    x,
+    stride_x,
+    arena,
+    v,
+    stride_split,
+    stride_v,
+    items,
+    num_items,
+    offsets,
+    scales,
+    at,
+    first_rows,
+    row_counts,
+    K,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    allow_next(PDL)
+    chunks = tl.cdiv(K, CHUNK)
+    total = tl.load(num_items) * chunks
+    r = tl.arange(0, 8)
+    work = tl.program_id(0)
+    while work < total:
+        item = work // chunks
+        chunk = work - item * chunks
+        code = tl.load(items + item)
+        offset = tl.load(offsets + at + item)
+        scale = tl.load(scales + at + item)
+        if offset >= 0:
+            k = chunk * CHUNK + tl.arange(0, CHUNK)
+            a = tl.load(arena + offset + r[:, None] * K + k[None, :], mask=k[None, :] < K, other=0.0)
+            segment = code >> 16
+            row = tl.load(first_rows + segment)
+            count = tl.load(row_counts + segment)
+            column = ((code >> 8) & 255) * MAX_RANK + (code & 255) * 8
+            wait(PDL)
+            for index in range(count):
+                here = (row + index).to(tl.int64)
+                xs = tl.load(x + here * stride_x + k, mask=k < K, other=0.0)
+                u = tl.sum(a.to(tl.float32) * xs.to(tl.float32)[None, :], axis=1) * scale
+                tl.store(v + chunk * stride_split + here * stride_v + column + r, u)
+        work += tl.num_programs(0)
+    wait(PDL)  # also where there was nothing to do: what follows may only start when all before has ended
+
+
+@triton.jit
+def row_adapter(row, tables, tile_strides, tiles, module):
+    """(table, P, tiles of the module) of the row's adapter; no tiles for a row without one."""
+    table = tl.load(tables + row).to(tl.pointer_type(tl.int64))
+    return table, tl.load(tile_strides + row), tl.load(tiles + row * NUM_MODULES + module)
+
+
+@triton.jit
+def rank_offsets(table, stride, count, entry, j):
+    """Element offset of the tile that holds rank row j of B; -1 beyond the adapter's own."""
+    tile = j // 8
+    return tl.load(table + (entry * 2 + 1) * stride + tile, mask=tile < count, other=-1)
+
+
+@triton.jit
+def load_b(arena, offsets, j, columns, is_column, width):
+    """Rows j and these columns of B -> [ranks, columns], 0 where there are none."""
+    pointers = arena + offsets[:, None] + (j % 8)[:, None] * width + columns[None, :]
+    return tl.load(pointers, mask=(offsets >= 0)[:, None] & is_column[None, :], other=0.0)
+
+
+@triton.jit
+def load_v(v, stride_split, splits, place, j, is_rank, SPLITS: tl.constexpr):
+    """v[.., place + j], its chunks added up -> [ranks]."""
+    s = tl.arange(0, SPLITS)
+    pointers = v + s[:, None] * stride_split + place + j[None, :]
+    return tl.sum(tl.load(pointers, mask=(s < splits)[:, None] & is_rank[None, :], other=0.0), axis=0)
+
+
+@triton.jit
+def expand_row(
+    row, columns, is_column, width, arena, tables, tile_strides, tiles,
+    layer, module, slot, v, stride_split, stride_v, splits,
+    RANKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """sum_r v[row, slot, r] * B[r, columns] of the row's adapter -> float32; waits for v."""
+    table, stride, count = row_adapter(row, tables, tile_strides, tiles, module)
+    entry = layer * NUM_MODULES + module
+    place = row.to(tl.int64) * stride_v + slot * MAX_RANK
+    j = tl.arange(0, RANKS)
+    offsets = rank_offsets(table, stride, count, entry, j)
+    b = load_b(arena, offsets, j, columns, is_column, width)
+    wait(PDL)
+    u = load_v(v, stride_split, splits, place, j, offsets >= 0, SPLITS)
+    y = tl.sum(u[:, None] * b.to(tl.float32), axis=0)
+    for begin in range(RANKS, count * 8, RANKS):
+        offsets = rank_offsets(table, stride, count, entry, begin + j)
+        b = load_b(arena, offsets, j, columns, is_column, width)
+        u = load_v(v, stride_split, splits, place, begin + j, offsets >= 0, SPLITS)
+        y += tl.sum(u[:, None] * b.to(tl.float32), axis=0)
+    return y
+
+
+@triton.jit
+def expand_row_pair(
+    row, columns_0, is_column_0, columns_1, is_column_1, width, arena, tables, tile_strides, tiles,
+    layer, module_0, slot_0, module_1, slot_1, v, stride_split, stride_v, splits,
+    RANKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`expand_row` for two sets of columns at once, of one module or of two."""
+    table, stride, count_0 = row_adapter(row, tables, tile_strides, tiles, module_0)
+    table, stride, count_1 = row_adapter(row, tables, tile_strides, tiles, module_1)
+    entry_0 = layer * NUM_MODULES + module_0
+    entry_1 = layer * NUM_MODULES + module_1
+    place_0 = row.to(tl.int64) * stride_v + slot_0 * MAX_RANK
+    place_1 = row.to(tl.int64) * stride_v + slot_1 * MAX_RANK
+    j = tl.arange(0, RANKS)
+    offsets_0 = rank_offsets(table, stride, count_0, entry_0, j)
+    offsets_1 = rank_offsets(table, stride, count_1, entry_1, j)
+    b_0 = load_b(arena, offsets_0, j, columns_0, is_column_0, width)
+    b_1 = load_b(arena, offsets_1, j, columns_1, is_column_1, width)
+    wait(PDL)
+    u_0 = load_v(v, stride_split, splits, place_0, j, offsets_0 >= 0, SPLITS)
+    u_1 = load_v(v, stride_split, splits, place_1, j, offsets_1 >= 0, SPLITS)
+    y_0 = tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
+    y_1 = tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
+    for begin in range(RANKS, tl.maximum(count_0, count_1) * 8, RANKS):
+        offsets_0 = rank_offsets(table, stride, count_0, entry_0, begin + j)
+        offsets_1 = rank_offsets(table, stride, count_1, entry_1, begin + j)
+        b_0 = load_b(arena, offsets_0, j, columns_0, is_column_0, width)
+        b_1 = load_b(arena, offsets_1, j, columns_1, is_column_1, width)
+        u_0 = load_v(v, stride_split, splits, place_0, begin + j, offsets_0 >= 0, SPLITS)
+        u_1 = load_v(v, stride_split, splits, place_1, begin + j, offsets_1 >= 0, SPLITS)
+        y_0 += tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
+        y_1 += tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
+    return y_0, y_1
+
+
+@triton.jit(do_not_specialize=["layer", "first_module", "num_modules"])
+def _shrink_prompts_kernel(
+    x, stride_x, arena, v, stride_split, stride_v,
+    prompt_rows, prompt_counts, prompt_segments, num_tiles, tables, tile_strides, tiles,
+    layer, num_layers, first_module, num_modules, K,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    allow_next(PDL)
+    wait(PDL)
+    chunks = tl.cdiv(K, CHUNK)
+    total = tl.load(num_tiles) * num_modules * chunks
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, RANKS)
+    work = tl.program_id(0)
+    while work < total:
+        tile = work // (num_modules * chunks)
+        rest = work - tile * num_modules * chunks
+        slot = rest // chunks
+        chunk = rest - slot * chunks
+        segment = tl.load(prompt_segments + tile)
+        row = tl.load(prompt_rows + tile)
+        count = tl.load(prompt_counts + tile)
+        table = tl.load(tables + segment).to(tl.pointer_type(tl.int64))
+        stride = tl.load(tile_strides + segment)
+        module = first_module + slot
+        tiles_here = tl.load(tiles + segment * NUM_MODULES + module)
+        entry = layer * NUM_MODULES + module
+        scale = tl.load(table + num_layers * 14 * stride + entry).to(tl.int32).to(tl.float32, bitcast=True)
+        rows = (row + i).to(tl.int64)
+        end = tl.minimum(K, (chunk + 1) * CHUNK)
+        for begin in range(0, tiles_here * 8, RANKS):
+            p = (begin + j) // 8
+            offsets = tl.load(table + entry * 2 * stride + p, mask=p < tiles_here, other=-1)
+            u = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+            for k0 in range(chunk * CHUNK, end, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                is_k = k < end
+                xs = tl.load(
+                    x + rows[:, None] * stride_x + k[None, :],
+                    mask=(i < count)[:, None] & is_k[None, :],
+                    other=0.0,
+                )
+                a = tl.load(
+                    arena + offsets[None, :] + (j % 8)[None, :] * K + k[:, None],
+                    mask=(offsets >= 0)[None, :] & is_k[:, None],
+                    other=0.0,
+                )
+                u = tl.dot(xs, a, u, input_precision=PRECISION)
+            place = rows * stride_v + slot * MAX_RANK + begin
+            tl.store(
+                v + chunk * stride_split + place[:, None] + j[None, :],
+                u * scale,
+                mask=(i < count)[:, None] & (begin + j < MAX_RANK)[None, :],
+            )
+        work += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=["layer", "first_module", "num_modules"])
+def _expand_prompts_kernel(
+    y, stride_y, arena, v, stride_split, stride_v, splits,
+    prompt_rows, prompt_counts, prompt_segments, num_tiles, tables, tile_strides, tiles,
+    layer, first_module, num_modules, width_0, width_1, width_2,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PDL:
+    tl.constexpr,
+):  # fmt: skip
+    allow_next(PDL)
+    wait(PDL)
+    blocks_0 = tl.cdiv(width_0, COLUMNS)
+    blocks_1 = blocks_0 + tl.cdiv(width_1, COLUMNS)
+    blocks = blocks_1 + tl.cdiv(width_2, COLUMNS)
+    total = tl.load(num_tiles) * blocks
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, RANKS)
+    c = tl.arange(0, COLUMNS)
+    work = tl.program_id(0)
+    while work < total:
+        tile = work // blocks
+        block = work - tile * blocks
+        slot = (block >= blocks_0).to(tl.int32) + (block >= blocks_1).to(tl.int32)
+        width = tl.where(slot == 0, width_0, tl.where(slot == 1, width_1, width_2))
+        start = tl.where(slot == 0, 0, tl.where(slot == 1, blocks_0, blocks_1))
+        left = tl.where(slot == 0, 0, tl.where(slot == 1, width_0, width_0 + width_1))
+        columns = (block - start) * COLUMNS + c
+        is_column = columns < width
+        segment = tl.load(prompt_segments + tile)
+        row = tl.load(prompt_rows + tile)
+        count = tl.load(prompt_counts + tile)
+        table = tl.load(tables + segment).to(tl.pointer_type(tl.int64))
+        stride = tl.load(tile_strides + segment)
+        module = first_module + slot
+        tiles_here = tl.load(tiles + segment * NUM_MODULES + module)
+        entry = layer * NUM_MODULES + module
+        if tiles_here > 0:
+            rows = (row + i).to(tl.int64)
+            delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            for begin in range(0, tiles_here * 8, RANKS):
+                offsets = rank_offsets(table, stride, tiles_here, entry, begin + j)
+                b = load_b(arena, offsets, j, columns, is_column, width)
+                place = rows[:, None] * stride_v + slot * MAX_RANK + (begin + j)[None, :]
+                is_u = (i < count)[:, None] & (offsets >= 0)[None, :]
+                u = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+                for split in range(splits):
+                    u += tl.load(v + split * stride_split + place, mask=is_u, other=0.0)
+                delta = tl.dot(u.to(b.dtype), b, delta, input_precision=PRECISION)
+            pointers = y + rows[:, None] * stride_y + left + columns[None, :]
+            is_y = (i < count)[:, None] & is_column[None, :]
+            old = tl.load(pointers, mask=is_y, other=0.0).to(tl.float32)
+            tl.store(pointers, (old + delta).to(y.dtype.element_ty), mask=is_y)
+        work += tl.num_programs(0)
+
+
+def resolve(rows: LoraRows, places: ItemPlaces, num_layers: int) -> None:
+    """Look up where every item's tile lies in every layer: once a step, so that no layer has to."""
+    _resolve_kernel[(num_layers, 4, 4)](
+        *rows.items,
+        rows.num_items,
+        places.offsets,
+        places.scales,
+        places.offsets.shape[2],
+        rows.tables,
+        rows.tile_strides,
+        num_layers,
+        BLOCK=128,
+        num_warps=4,
+    )
+
+
+def shrink_decode(
+    x: Tensor, v: Tensor, arena: Tensor, rows: LoraRows, places: ItemPlaces, layer: int, group: int
+) -> None:
+    """v[.., t, m * 256 + r] = scale * x[t] . A[r], by chunks, for the decode rows of one group.
+
+    x [T, in]; v [splits, >= T, >= modules * 256] float32, changed where decode rows have ranks; `arena` flat.
+    """
+    pdl = can_overlap(x.device)
+    _, num_layers, capacity = places.offsets.shape
+    _shrink_rows_kernel[(8 * num_processors(x.device),)](
+        x,
+        x.stride(0),
+        arena,
+        v,
+        v.stride(0),
+        v.stride(1),
+        rows.items[group],
+        rows.num_items[group],
+        places.offsets,
+        places.scales,
+        (group * num_layers + layer) * capacity,
+        rows.first_row,
+        rows.row_count,
+        x.shape[1],
+        CHUNK=CHUNK,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+
+
+def shrink_prompts(
+    x: Tensor,
+    v: Tensor,
+    arena: Tensor,
+    rows: LoraRows,
+    layer: int,
+    num_layers: int,
+    first_module: int,
+    num_modules: int,
+) -> None:
+    """`shrink_decode` for the rows of prompts, on the tensor cores."""
+    _shrink_prompts_kernel[(4 * num_processors(x.device),)](
+        x, x.stride(0), arena, v, v.stride(0), v.stride(1),
+        rows.prompt_first_row, rows.prompt_row_count, rows.prompt_segment, rows.num_prompt_tiles,
+        rows.tables, rows.tile_strides, rows.tiles,
+        layer, num_layers, first_module, num_modules, x.shape[1],
+        ROWS=PROMPT_ROWS, RANKS=16, BLOCK_K=min(128, CHUNK), CHUNK=CHUNK, PRECISION="ieee", PDL=False,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+
+
+def expand_prompts(
+    y: Tensor,
+    v: Tensor,
+    arena: Tensor,
+    rows: LoraRows,
+    layer: int,
+    first_module: int,
+    widths: tuple[int, ...],
+    splits: int,
+) -> None:
+    """y[t, c(m)] += v[t, m] @ B[m] in place, for the rows of prompts. y [T, sum(widths)]."""
+    padded = (*widths, 0, 0)[:3]
+    _expand_prompts_kernel[(4 * num_processors(y.device),)](
+        y, y.stride(0), arena, v, v.stride(0), v.stride(1), splits,
+        rows.prompt_first_row, rows.prompt_row_count, rows.prompt_segment, rows.num_prompt_tiles,
+        rows.tables, rows.tile_strides, rows.tiles,
+        layer, first_module, len(widths), *padded,
+        ROWS=PROMPT_ROWS, RANKS=16, COLUMNS=128, PRECISION="ieee", PDL=False,
+        num_warps=4,
+    )  # fmt: skip

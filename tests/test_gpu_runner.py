@@ -1,0 +1,52 @@
+"""The GPU's runner against transformers and PEFT. Where there is no GPU its kernels are interpreted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.weights import load_model
+from tests.engine_driver import Driver
+from tests.peft_world import ADAPTERS, World, make_world, tokens_of, worst
+from tests.tiny_models import FAMILIES, save_random
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), FAMILIES["llama3"](), DEVICE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_prefill_and_decode_equal_transformers(family: str, tmp_path: Path) -> None:
+    theirs = save_random(tmp_path, FAMILIES[family]())
+    driver = Driver(load_model(tmp_path, device=DEVICE), on_gpu=True)
+    tokens = tokens_of(1, 13)
+    expected = theirs(torch.tensor([tokens])).logits[0]
+    sequence = driver.sequence(tokens)
+    at = 0
+    for length in (5, 3, 1, 1, 2, 1):
+        at += length
+        got = driver.logits((sequence, length))
+        assert worst(got[0], expected[at - 1]) < 1e-4
+
+
+def test_a_mixed_batch_of_all_adapters_and_base_rows_equals_peft(world: World) -> None:
+    driver = Driver(world.loaded, on_gpu=True, num_slabs=900)
+    residents = world.place(driver)
+    names: list[str | None] = [None, *ADAPTERS, None, "r8-alpha-32"]
+    prompts = {index: tokens_of(40 + index, 6 + index % 3) for index in range(len(names))}
+    expected = {index: world.reference(name, prompts[index]) for index, name in enumerate(names)}
+    sequences = {i: driver.sequence(prompts[i], residents[name]) for i, name in enumerate(names)}
+    got = driver.logits(*[(sequences[i], 4) for i in sequences])
+    for i in sequences:
+        assert worst(got[i], expected[i][3]) < 1e-4, names[i]
+    got = driver.logits(*[(sequences[i], 1 if i % 2 else 2) for i in sequences])
+    for i in sequences:
+        assert worst(got[i], expected[i][4 if i % 2 else 5]) < 1e-4, names[i]
+    odd = [i for i in sequences if i % 2]
+    got = driver.logits(*[(sequences[i], 1) for i in odd])
+    for place, i in enumerate(odd):
+        assert worst(got[place], expected[i][5]) < 1e-4, names[i]
