@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.adapter_files import LoraWeights, read_adapter, write_adapter
 from engine.weights import LoadedModel
 from personalization.examples import cut_by_time, serving_rows, split, words
-from personalization.gate import Case, Gate, Verdict
+from personalization.gate import Case, Gate, Verdict, scaled
 from personalization.history import Turn, learned
 from personalization.neutral import neutral_rows
 from personalization.prompt import Example, Renderer
@@ -158,15 +158,17 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
             "swapped adapter + context": _means(bench, swapped, [s.test for s in subjects]),
         }
     context, together = losses["context"], losses["adapter + context"]
-    losses["adapter + context, after the gate"] = [
-        after if verdict.accepted else before
-        for before, after, verdict in zip(context, together, verdicts, strict=True)
+    published = [
+        scaled(candidate, verdict.strength) if verdict.accepted else None
+        for candidate, verdict in zip(candidates, verdicts, strict=True)
     ]
+    gated = _means(bench, published, [s.test for s in subjects])
+    losses["adapter + context, after the gate"] = gated
     numbers: dict[str, Any] = {
         "people": len(subjects),
         "left_out": left_out,
         "loss": {name: _against(context, values) for name, values in losses.items()},
-        "harm": _harm(subjects, context, together, verdicts),
+        "harm": _harm(subjects, verdicts, context, together, gated),
         "drift": _drift(gate.drifts(candidates), verdicts, policy),
         "training": spent,
     }
@@ -179,7 +181,7 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
     if extent.curve:
         numbers["curve"] = _curve(bench, subjects, context, extent)
     if extent.refreshes:
-        numbers["in_a_row"] = _in_a_row(bench, subjects, context, gate, candidates, verdicts, extent)
+        numbers["in_a_row"] = _in_a_row(bench, subjects, context, gate, published, extent)
     if extent.stacks:
         numbers["stacked"] = _stacked(bench, subjects, extent)
     people = [
@@ -188,6 +190,7 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
             "turns": subject.turns,
             "gain": round(before - after, 5),
             "accepted": verdict.accepted,
+            "strength": verdict.strength,
             "reason": verdict.reason,
         }
         for subject, before, after, verdict in zip(subjects, context, together, verdicts, strict=True)
@@ -290,13 +293,16 @@ def _against(context: Sequence[float], values: Sequence[float]) -> dict[str, Any
 
 def _harm(
     subjects: Sequence[Subject],
+    verdicts: Sequence[Verdict],
     context: Sequence[float],
     together: Sequence[float],
-    verdicts: Sequence[Verdict],
+    published: Sequence[float],
 ) -> dict[str, Any]:
     """Who is made worse, before and after the gate: of everyone, and of those with many turns."""
-    gains = [before - after for before, after in zip(context, together, strict=True)]
-    gated = [gain if verdict.accepted else 0.0 for gain, verdict in zip(gains, verdicts, strict=True)]
+    gains, gated = (
+        [before - after for before, after in zip(context, each, strict=True)]
+        for each in (together, published)
+    )
     found = {}
     for least in (0, 100, 200):
         here = [at for at, subject in enumerate(subjects) if subject.turns >= least]
@@ -320,7 +326,7 @@ def _share(cases: Sequence[bool]) -> float:
 
 
 def _drift(drifts: Sequence[float], verdicts: Sequence[Verdict], policy: RefreshPolicy) -> dict[str, Any]:
-    published = [drift for drift, verdict in zip(drifts, verdicts, strict=True) if verdict.accepted]
+    published = [verdict.numbers["drift"] for verdict in verdicts if verdict.accepted]
     return {
         "mean": round(statistics.fmean(drifts), 4),
         "most": round(max(drifts), 4),
@@ -442,8 +448,7 @@ def _in_a_row(
     subjects: Sequence[Subject],
     context: Sequence[float],
     gate: Gate,
-    candidates: Adapters,
-    verdicts: Sequence[Verdict],
+    once: Adapters,
     extent: Extent,
 ) -> dict[str, Any]:
     """Refreshes as the history grows, each gated and carried on, against the one that had all of it."""
@@ -475,9 +480,8 @@ def _in_a_row(
                 )
             )
             if verdict.accepted:
-                serving[at], version[at] = candidate, number
+                serving[at], version[at] = scaled(candidate, verdict.strength), number
                 accepted += 1
-    once = [c if verdict.accepted else None for c, verdict in zip(candidates, verdicts, strict=True)]
     test = [subject.test for subject in subjects]
     oldest = [
         split(

@@ -59,7 +59,8 @@ class Recipe:
     """How an adapter is trained. `tokens_per_step` counts the tokens of one person in one optimizer step;
     the rate climbs over the first `warmup` share of a person's steps and falls to zero at their last.
     `pull`: each step also draws the weights towards where they began, w -= rate * pull * (w - start), as
-    decoupled weight decay draws them towards zero."""
+    decoupled weight decay draws them towards zero. `most_steps`: no further epoch is begun that would end
+    after so many; the first one is always whole."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -71,6 +72,7 @@ class Recipe:
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
     pull: float = 0.0
+    most_steps: int | None = None
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, bool, str]] = [
@@ -83,6 +85,7 @@ class Recipe:
             ("warmup", 0 <= self.warmup < 1, "0 to 1"),
             ("clip", self.clip > 0, "a positive number"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "0 to 1"),
+            ("most_steps", self.most_steps is None or self.most_steps >= 1, "at least 1, or None"),
             ("pull", 0 <= self.pull * self.learning_rate < 1, "0 or more, times the rate below 1"),
         ]
         for name, valid, expected in checks:
@@ -259,7 +262,10 @@ def plan(
     steps: list[Step] = []
     for epoch in range(recipe.epochs):
         shuffle.shuffle(pieces)
-        for chosen in _pack([len(piece.token_ids) for piece, _ in pieces], recipe.tokens_per_step):
+        packed = _pack([len(piece.token_ids) for piece, _ in pieces], recipe.tokens_per_step)
+        if epoch and recipe.most_steps is not None and len(steps) + len(packed) > recipe.most_steps:
+            break
+        for chosen in packed:
             weights = tuple(pieces[place][1] for place in chosen) if emphasis else ()
             steps.append(Step(tuple(pieces[place][0] for place in chosen), epoch, weights))
     return steps
@@ -431,9 +437,7 @@ class _Batch:
     weights: Tensor  # [N] float32; each person's sum to 1
 
     @classmethod
-    def of(
-        cls, steps: Sequence[Step | None], arrays: dict[int, _Arrays], device: torch.device
-    ) -> "_Batch":
+    def of(cls, steps: Sequence[Step | None], arrays: dict[int, _Arrays], device: torch.device) -> "_Batch":
         """`arrays` keeps what was made of the examples, by their ids, from step to step."""
         length = max(0 if step is None else step.tokens for step in steps)
         length = -(-length // _ALIGNED) * _ALIGNED

@@ -7,7 +7,6 @@ once; it dies with its parent, and a dead one is replaced at the next batch.
 
 import asyncio
 import ctypes
-import dataclasses
 import json
 import os
 import signal
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from engine.adapter_files import AdapterError, LoraModule, LoraWeights, read_adapter
 from engine.weights import LoadedModel, load_model
-from personalization.gate import Case, Gate, GatePolicy, Verdict
+from personalization.gate import Case, Gate, GatePolicy, Verdict, scaled
 from personalization.neutral import neutral_rows
 from personalization.prompt import Example, Renderer
 from personalization.publish import META_FILE
@@ -230,7 +229,7 @@ def main() -> None:
 def _run_batch(
     model: LoadedModel, gate: Gate, request: dict[str, Any], send: Callable[[dict[str, Any]], None]
 ) -> None:
-    recipe, policy = _recipe(request["recipe"]), GatePolicy(**request["policy"])
+    recipe, policy = Recipe(**_tuples(request["recipe"])), GatePolicy(**_tuples(request["policy"]))
     tasks = [_unpack_task(task) for task in request["tasks"]]
     serving = [_read_serving(task.serving, model) for task in tasks]
     starts = [
@@ -267,12 +266,13 @@ def _run_batch(
                 "trained_tokens": float(trained.tokens),
                 "train_loss_first": trained.first_loss,
                 "train_loss_last": trained.last_loss,
+                "strength": verdict.strength,
             }
             send(
                 {
                     "kind": "judged",
                     "id": task.id,
-                    "weights": _pack_weights(trained.weights),
+                    "weights": _pack_weights(scaled(trained.weights, verdict.strength)),
                     "verdict": asdict(verdict),
                     "numbers": {name: value for name, value in numbers.items() if value == value},
                     "base_hash": model.base_hash,
@@ -376,9 +376,9 @@ def _unpack_example(packed: tuple[Sequence[int], bytes]) -> Example:
     return Example(tuple(ids), tuple(map(bool, mask)))
 
 
-def _recipe(values: dict[str, Any]) -> Recipe:
-    listed = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return dataclasses.replace(Recipe(), **(values | listed))
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists of a frame as the tuples that they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _pack_weights(weights: LoraWeights) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.adapter_files import LoraWeights
-from personalization.gate import Case, Gate, GatePolicy, student_quantile
+from personalization.gate import Case, Gate, GatePolicy, scaled, student_quantile
 from personalization.prompt import Example
 from personalization.score import token_losses
 from personalization.train import Person, Recipe, train
@@ -132,6 +132,21 @@ def test_what_is_better_for_the_person_and_worse_for_everything_else_is_refused(
     assert not strict.accepted
     assert strict.reason.startswith("refused: on neutral text the loss per token rose by")
     assert strict.numbers == free.numbers
+
+
+def test_what_drifts_too_much_may_pass_at_part_of_its_strength(model, own):
+    drifts = {
+        strength: Gate(model, NEUTRAL).drifts([scaled(own, strength)])[0] for strength in (1.0, 0.7, 0.45)
+    }
+    assert drifts[0.7] < drifts[1.0]
+    limit = policy(max_drift=(drifts[0.7] + drifts[1.0]) / 2)
+    verdict = judge(model, own, None, HELD_OUT, limit)
+    assert (verdict.accepted, verdict.strength) == (True, 0.7)
+    assert verdict.numbers["drift"] == pytest.approx(drifts[0.7], abs=1e-4)
+    whole = judge(model, own, None, HELD_OUT, dataclasses.replace(limit, strengths=(1.0,)))
+    assert not whole.accepted
+    with pytest.raises(ValueError, match="strengths: expected some above 0"):
+        policy(strengths=(0.0,))
 
 
 def test_a_verdict_does_not_depend_on_who_else_is_judged(model, own, strangers):

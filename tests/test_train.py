@@ -345,6 +345,16 @@ def test_every_epoch_of_the_plan_holds_every_example_once_in_bins_that_fit():
     assert orders[0] != orders[1]
 
 
+def test_no_epoch_is_begun_that_would_end_after_the_most_steps_but_the_first_is_whole():
+    rows = habits(5, 25)
+    whole = plan(rows, RECIPE, seed=3)
+    one = sum(step.epoch == 0 for step in whole)
+    for most, epochs in ((1, 1), (one, 1), (2 * one + 2, 2), (None, 3)):
+        steps = plan(rows, dataclasses.replace(RECIPE, most_steps=most), seed=3)
+        assert steps == whole[: len(steps)]
+        assert steps[-1].epoch == epochs - 1
+
+
 def test_an_example_longer_than_a_step_is_cut_and_nothing_learned_is_lost_but_first_tokens():
     long = Example(tuple(range(1, 51)), (False,) * 20 + (True,) * 30)
     steps = plan([long], dataclasses.replace(RECIPE, epochs=1, tokens_per_step=16), seed=1)
