@@ -163,8 +163,10 @@ class GpuRunner:
         return Launched(count, host, done)
 
     def _shape(self, batch: Batch) -> StepShape:
-        """The shape that this batch is padded to. Each new one is recorded when it first comes, which takes as
-        long as a dozen steps, so steps with prompts differ in few ways.
+        """The shape that this batch is padded to.
+
+        Each new one is recorded when it first comes, which takes as long as a dozen steps, so steps with
+        prompts differ in few ways.
         """
         tokens, single, sampled = batch.num_tokens, batch.num_single, len(batch.logits_rows)
         most = self._row_buckets[-1]
