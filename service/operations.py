@@ -96,6 +96,7 @@ class Refreshed:
     job_id: str
     state: str
     published: bool = False
+    trial: bool = False
     version: int = 0
     reason: str = ""
 
@@ -130,6 +131,7 @@ async def refresh(
                     job_id=jobs[user],
                     state=state["state"],
                     published=bool(state.get("published")),
+                    trial=bool(state.get("trial")),
                     version=int(state.get("to") or 0),
                     reason=str(state.get("reason") or state.get("message") or ""),
                 )
