@@ -130,9 +130,9 @@ class Gatherer:
             await self._arrival(None)
         with contextlib.suppress(OSError):  # the batch will meet it again, and say so
             await self._kit.trainer.warm()
-        moment = max(self._gather_s / 5, self._batch_s / 20)
+        moment = max(self._gather_s / 2, self._batch_s / 20)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(self._gather_s, 2 * moment)):
+            async with asyncio.timeout(2 * moment):
                 while len(self._waiting) < self._people and await self._arrival(moment):
                     pass
         waiting = [each for each in self._waiting if not each.ended.done()]
