@@ -35,7 +35,7 @@ import torch
 from benchmarks.common import report
 from engine.adapter_files import LoraWeights
 from engine.weights import LoadedModel, load_model, read_config
-from personalization.examples import cut_by_time, serving_rows, split
+from personalization.examples import cut_by_time, serving_rows, split, words
 from personalization.gate import GatePolicy, weigh
 from personalization.history import Turn, learned, parse
 from personalization.neutral import neutral_rows
@@ -154,10 +154,10 @@ def _subject(task: tuple[Path, str, str, list[Turn]]) -> Subject | None:
         ).train
         for at in range(0, len(recent), fifth)
     ]
-    known = {" ".join(turn.text.casefold().split()) for turn in before if learned(turn)}
+    known = {words(turn) for turn in before if learned(turn)}
 
     def fresh(turn: Turn) -> bool:
-        return learned(turn) and " ".join(turn.text.casefold().split()) not in known
+        return learned(turn) and words(turn) not in known
 
     gate = serving_rows(parts.history, parts.gate, _renderer)
     test = serving_rows(before, parts.test, _renderer, learn=fresh)

@@ -37,24 +37,43 @@ def split(
     context. The gate has the newest `gate_fraction` of the learned turns (one at least, if there are two),
     without those that repeat the words of a trained turn: they would measure memory. A turn longer than a
     window is a row of its own, cut at its end."""
-    if not 0.0 <= gate_fraction < 1.0:
-        raise ValueError(f"gate_fraction: expected 0 to below 1, got {gate_fraction}")
     for name, tokens in (("train", train_context_tokens), ("gate", gate_context_tokens)):
         if not 0 <= tokens < window_tokens:
             raise ValueError(f"{name}_context_tokens: expected 0 to below {window_tokens}, got {tokens}")
+    held = hold_out(turns, gate_fraction)
+    said, cut, whole = held.said, held.cut, len(held.said)
+    return Split(
+        _rows(said, 0, cut, renderer, set(held.train), window_tokens, train_context_tokens),
+        _rows(said, cut, whole, renderer, set(held.gate), window_tokens, gate_context_tokens),
+        held.train,
+        held.gate,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """`said`: the turns as they should have been, oldest first; the gate's part begins at `cut`. `train` and
+    `gate` are the ids of the turns that are learned in each part."""
+
+    said: list[Turn]
+    cut: int
+    train: tuple[str, ...]
+    gate: tuple[str, ...]
+
+
+def hold_out(turns: Sequence[Turn], gate_fraction: float) -> HeldOut:
+    """Where the gate's part begins: it has the newest `gate_fraction` of the learned turns (one at least, if
+    there are two), without those that repeat the words of a trained turn."""
+    if not 0.0 <= gate_fraction < 1.0:
+        raise ValueError(f"gate_fraction: expected 0 to below 1, got {gate_fraction}")
     said = effective(sorted(turns, key=lambda turn: turn.at))
     lessons = [place for place, turn in enumerate(said) if learned(turn)]
     held_out = min(math.ceil(len(lessons) * gate_fraction), len(lessons) - 1) if lessons else 0
     cut = lessons[len(lessons) - held_out] if held_out else len(said)
     train = [said[place] for place in lessons if place < cut]
-    known = {_words(turn) for turn in train}
-    gate = [said[place] for place in lessons if place >= cut and _words(said[place]) not in known]
-    return Split(
-        _rows(said, 0, cut, renderer, {turn.id for turn in train}, window_tokens, train_context_tokens),
-        _rows(said, cut, len(said), renderer, {turn.id for turn in gate}, window_tokens, gate_context_tokens),
-        tuple(turn.id for turn in train),
-        tuple(turn.id for turn in gate),
-    )
+    known = {words(turn) for turn in train}
+    gate = [said[place] for place in lessons if place >= cut and words(said[place]) not in known]
+    return HeldOut(said, cut, tuple(turn.id for turn in train), tuple(turn.id for turn in gate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +107,24 @@ def serving_rows(
     renderer: Renderer,
     *,
     reply_tokens: int = 256,
+    most_tokens: int | None = None,
     learn: Callable[[Turn], bool] = learned,
 ) -> list[Example]:
     """The turns of `judged` to learn, each behind the very window of earlier turns that serving would show
-    before it, leaving `reply_tokens` for the reply. The window's start stays where it is between two jumps,
-    so the turns between them share one row: at most context_length tokens, cut at its end."""
+    before it, leaving `reply_tokens` for the reply, a quarter of the context at most. The window's start
+    stays where it is between two jumps, so the turns between them share one row: at most `most_tokens` (None:
+    context_length), cut at its end."""
+    context = min(most_tokens or renderer.context_length, renderer.context_length)
     said = effective([*before, *judged])
     wanted = {turn.id for turn in effective(list(judged)) if learn(turn)}
-    budget = max(1, renderer.context_length - reply_tokens - renderer.frame_cost)
+    budget = max(1, context - min(reply_tokens, context // 4) - renderer.frame_cost)
     starts = [0, *renderer.window_starts(said, budget)]  # starts[n]: of the window over said[:n]
     rows: list[Example] = []
     lessons = [place for place, turn in enumerate(said) if turn.id in wanted]
     for start, group in groupby(lessons, key=lambda place: min(starts[place], place)):
         here = list(group)
         example = renderer.example(said[start : here[-1] + 1], _among({said[place].id for place in here}))
-        row = Example(
-            example.token_ids[: renderer.context_length], example.learn_mask[: renderer.context_length]
-        )
+        row = Example(example.token_ids[:context], example.learn_mask[:context])
         if any(row.learn_mask[1:]):
             rows.append(row)
     return rows
@@ -150,5 +170,6 @@ def _among(ids: set[str]) -> Callable[[Turn], bool]:
     return lambda turn: turn.id in ids
 
 
-def _words(turn: Turn) -> str:
+def words(turn: Turn) -> str:
+    """What was said, without case and spacing: two turns that agree in it repeat each other."""
     return " ".join(turn.text.casefold().split())

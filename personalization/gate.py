@@ -5,11 +5,15 @@ Per held-out turn i: n_i tokens and d_i = loss before - loss after, summed over 
 G = sum d / sum n, in nats per token. Turns of a person differ widely and there are few of them, so G comes
 with the standard error of a ratio over turns, s = sqrt(m / (m - 1) * sum (d_i - G n_i)²) / sum n for m turns,
 and is held against Student's t: few turns need a larger gain.
+
+What wins there is refused all the same when its numbers are not finite, when it outgrew the base's weights,
+or when it drifts: its loss on neutral text, less the base's, says what it costs elsewhere.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import NormalDist
 
 import torch
@@ -19,24 +23,29 @@ from engine.adapter_files import LoraWeights
 from engine.model import GROUP_MODULES, ModelConfig, module_shape
 from engine.weights import LoadedModel
 from personalization.prompt import Example
-from personalization.score import token_losses
+from personalization.score import losses_of_many
 
 
 @dataclass(frozen=True, slots=True)
 class GatePolicy:
     """`confidence`: the gain must be above zero with this certainty, one-sided. `min_gain` (nats per token)
-    is what is worth a new version at all. `max_norm` bounds |scale B A| / |W| of every module."""
+    is what is worth a new version at all. `max_norm` bounds |scale B A| / |W| of every module, `max_drift`
+    what is lost on neutral text against the bare base, in nats per token."""
 
     confidence: float = 0.8
     min_gain: float = 0.0
     min_turns: int = 4
     max_norm: float = 2.0
+    max_drift: float = 0.02
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence: expected 0.5 to below 1, got {self.confidence}")
         if self.min_turns < 2:
             raise ValueError(f"min_turns: expected at least 2, got {self.min_turns}")
+        for name in ("max_norm", "max_drift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +57,85 @@ class Verdict:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def judge(
-    model: LoadedModel,
-    candidate: LoraWeights,
-    serving: LoraWeights | None,
-    held_out: Sequence[Example],
-    policy: GatePolicy,
-) -> Verdict:
-    """Compare `candidate` with `serving` (None: the bare base) on `held_out`."""
-    fault = _fault(model, candidate, policy)
-    if fault is not None:
-        return Verdict(False, fault)
-    before, after = (token_losses(model, held_out, each) for each in (serving, candidate))
-    return weigh(held_out, before, after, policy)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Is `candidate` better than `serving` (None: the bare base) on the rows held out?"""
+
+    candidate: LoraWeights
+    serving: LoraWeights | None
+    held_out: Sequence[Example]
+
+
+class Gate:
+    """The gate before one base model. `neutral`: rows that an adapter should leave as they were."""
+
+    def __init__(self, model: LoadedModel, neutral: Sequence[Example]) -> None:
+        self._model = model
+        self._neutral = neutral
+        self._norms: dict[tuple[int, str], float] = {}
+
+    def judge(self, cases: Sequence[Case], policy: GatePolicy) -> list[Verdict]:
+        """A verdict on each case; computed together, but none depends on the others."""
+        verdicts = {
+            place: Verdict(False, fault)
+            for place, case in enumerate(cases)
+            if (fault := self._fault(case.candidate, policy)) is not None
+        }
+        sound = [place for place in range(len(cases)) if place not in verdicts]
+        chosen = [cases[place] for place in sound]
+        before = losses_of_many(self._model, [(case.serving, case.held_out) for case in chosen])
+        after = losses_of_many(self._model, [(case.candidate, case.held_out) for case in chosen])
+        drifts = self.drifts([case.candidate for case in chosen])
+        for place, served, offered, drift in zip(sound, before, after, drifts, strict=True):
+            verdicts[place] = settle(weigh(cases[place].held_out, served, offered, policy), drift, policy)
+        return [verdicts[place] for place in range(len(cases))]
+
+    def drifts(self, adapters: Sequence[LoraWeights]) -> list[float]:
+        """What each loses on the neutral rows against the bare base, nats per token; NaN where its loss is
+        none."""
+        losses = losses_of_many(self._model, [(adapter, self._neutral) for adapter in adapters])
+        return [float(torch.cat(rows).mean()) - self._calm for rows in losses]
+
+    @cached_property
+    def _calm(self) -> float:
+        (rows,) = losses_of_many(self._model, [(None, self._neutral)])
+        return float(torch.cat(rows).mean())
+
+    def _fault(self, candidate: LoraWeights, policy: GatePolicy) -> str | None:
+        """Why the weights themselves are refused, if they are."""
+        for m in candidate.modules:
+            if not (torch.isfinite(m.a).all() and torch.isfinite(m.b).all()):
+                return f"refused: {m.module} of layer {m.layer} holds numbers that are not finite"
+            a, b = m.a.double(), m.b.double()
+            # |B A|² = tr(A^T B^T B A) = sum of (B^T B) * (A A^T), without the [out, in] product.
+            change = abs(m.scale) * math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
+            base = self._norm(m.layer, m.module)
+            if change > policy.max_norm * base:
+                return (
+                    f"refused: {m.module} of layer {m.layer} grew to {change / base:.1f} times the base's "
+                    f"norm, at most {policy.max_norm:g} is allowed"
+                )
+        return None
+
+    def _norm(self, layer: int, module: str) -> float:
+        if (layer, module) not in self._norms:
+            self._norms[layer, module] = float(_base_weight(self._model, layer, module).float().norm())
+        return self._norms[layer, module]
+
+
+def settle(verdict: Verdict, drift: float, policy: GatePolicy) -> Verdict:
+    """The verdict with the drift among its numbers, and refused if that is too much."""
+    if not math.isfinite(drift):
+        return Verdict(False, "refused: its loss on neutral text is not a finite number", verdict.numbers)
+    numbers = verdict.numbers | {"drift": drift}
+    if drift > policy.max_drift:
+        return Verdict(
+            False,
+            f"refused: on neutral text the loss per token rose by {drift:.3f}, at most "
+            f"{policy.max_drift:g} is allowed",
+            numbers,
+        )
+    return Verdict(verdict.accepted, verdict.reason, numbers)
 
 
 def weigh(
@@ -74,8 +149,9 @@ def weigh(
         return Verdict(
             False, f"too little to judge by: {turns} held-out turns of {policy.min_turns} needed", counted
         )
-    if not all(losses.isfinite().all() for losses in after):
-        return Verdict(False, "refused: its loss on held-out turns is not a finite number", counted)
+    for whose, rows in (("its", after), ("the serving version's", before)):
+        if not all(losses.isfinite().all() for losses in rows):
+            return Verdict(False, f"refused: {whose} loss on held-out turns is not a finite number", counted)
     sizes = torch.tensor([size for row in lengths for size in row], dtype=torch.float64)
     return _weigh(_per_turn(before, lengths), _per_turn(after, lengths), sizes, policy)
 
@@ -141,23 +217,6 @@ def _per_turn(losses: Sequence[Tensor], lengths: Sequence[Sequence[int]]) -> Ten
             for turn in torch.split(row.to(torch.float64), list(sizes))
         ]
     )
-
-
-def _fault(model: LoadedModel, candidate: LoraWeights, policy: GatePolicy) -> str | None:
-    """Why the weights themselves are refused, if they are."""
-    for m in candidate.modules:
-        if not (torch.isfinite(m.a).all() and torch.isfinite(m.b).all()):
-            return f"refused: {m.module} of layer {m.layer} holds numbers that are not finite"
-        a, b = m.a.double(), m.b.double()
-        # |B A|² = tr(A^T B^T B A) = sum of (B^T B) * (A A^T), without the [out, in] product.
-        change = abs(m.scale) * math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
-        base = float(_base_weight(model, m.layer, m.module).float().norm())
-        if change > policy.max_norm * base:
-            return (
-                f"refused: {m.module} of layer {m.layer} grew to {change / base:.1f} times the base's norm, "
-                f"at most {policy.max_norm:g} is allowed"
-            )
-    return None
 
 
 def _base_weight(model: LoadedModel, layer: int, module: str) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from engine.adapter_files import version_folder
 from personalization import lineage
-from personalization.examples import split
+from personalization.examples import hold_out, serving_rows, split
 from personalization.gate import GatePolicy
 from personalization.history import Turn, learned
 from personalization.population import newest
@@ -56,7 +56,7 @@ class RefreshPolicy:
 
     minimum_turns   before that many there is no adapter: context alone serves better
     gate_fraction   of the newest turns, held out for the gate
-    gate_tokens     of a gate row, most of it the context before the turns that are judged
+    gate_tokens     most tokens of a gate row: what serving would show before the turns that are judged
     row_tokens      most tokens of a training row: whole conversations, as an adapter adds to their context
     most_turns      the newest turns that are trained on; further back a history pays less than it costs
     trial_share     of the replies, that a new version answers on trial at first; 0: all of them at once
@@ -65,7 +65,7 @@ class RefreshPolicy:
 
     minimum_turns: int = 50
     gate_fraction: float = 0.1
-    gate_tokens: int = 1024
+    gate_tokens: int = 2048
     row_tokens: int = 512
     most_turns: int = 400
     trial_share: float = 0.0
@@ -305,15 +305,16 @@ def choose(
     """What the next version, carried on from `start`, learns: all turns that this one and its ancestors never
     saw, and for each token of those `replay` tokens of rows of the older ones, drawn at random. A turn that
     the person took out is in no row, not even as context. Pure."""
-    gate_tokens = min(policy.gate_tokens, renderer.context_length)
-    whole = split(
-        turns,
+    held = hold_out(turns, policy.gate_fraction)
+    judged = set(held.gate)
+    gate = serving_rows(
+        held.said[: held.cut],
+        held.said[held.cut :],
         renderer,
-        window_tokens=gate_tokens,
-        gate_context_tokens=gate_tokens * 3 // 4,
-        gate_fraction=policy.gate_fraction,
+        most_tokens=policy.gate_tokens,
+        learn=lambda turn: turn.id in judged,
     )
-    trained = whole.train_turns[-policy.most_turns :]
+    trained = held.train[-policy.most_turns :]
     old, new = _by_age(turns, set(trained), lineage.seen(records, start))
     train = _rows(new, renderer, policy)
     room = policy.replay * sum(len(row.token_ids) for row in train)
@@ -324,7 +325,7 @@ def choose(
             break
         room -= len(row.token_ids)
         train.append(row)
-    return Lesson(train, whole.gate, trained, (*whole.train_turns, *whole.gate_turns))
+    return Lesson(train, gate, trained, (*held.train, *held.gate))
 
 
 def _by_age(

@@ -1,12 +1,12 @@
 """How well a model with one adapter predicts examples: the loss of each learned token, forward only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.adapter_files import LoraWeights
-from engine.model import GROUP_MODULES, ModelConfig, module_shape
+from engine.model import GROUP_MODULES, MODULES, ModelConfig, module_shape
 from engine.weights import LoadedModel
 from personalization.prompt import Example
 from personalization.stack import AdapterShape, FixedStack
@@ -16,6 +16,7 @@ _HEAD_ROWS = 128
 _BATCH_TOKENS = 2048
 _DEVICE_BATCH_TOKENS = 32_768
 _DEVICE_HEAD_BYTES = 512 << 20
+_LAID_OUT_BYTES = 1 << 30  # of adapters side by side, so that one of a high rank costs others no memory
 
 
 class FixedAdapter:
@@ -83,6 +84,31 @@ def losses_of_many(
     """`token_losses` of many adapters at once, each on its own examples: rows of different adapters share a
     batch. An adapter given several times is laid out once. What it gives for a row does not depend on the
     company, up to rounding."""
+    found: list[list[Tensor]] = [[] for _ in asked]
+    for part in _parts(model, asked):
+        for place, losses in zip(part, _losses_of_part(model, [asked[place] for place in part]), strict=True):
+            found[place] = losses
+    return found
+
+
+_Asked = Sequence[tuple[LoraWeights | None, Sequence[Example]]]
+
+
+def _parts(model: LoadedModel, asked: _Asked) -> Iterator[list[int]]:
+    """The places of `asked`, those of like rank together, in parts whose adapters may lie side by side."""
+    ranks = [max((m.rank for m in weights.modules), default=1) if weights else 1 for weights, _ in asked]
+    full = AdapterShape(model.config, MODULES, 1, 1.0).size * model.decoder.embed.element_size()
+    part: list[int] = []
+    for place in sorted(range(len(asked)), key=lambda place: ranks[place]):
+        if part and (len(part) + 1) * ranks[place] * full > _LAID_OUT_BYTES:
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part
+
+
+def _losses_of_part(model: LoadedModel, asked: _Asked) -> list[list[Tensor]]:
     decoder, config = model.decoder, model.config
     device, dtype = decoder.embed.device, decoder.embed.dtype
     adapters = {id(adapter): adapter for adapter, _ in asked}
@@ -93,6 +119,7 @@ def losses_of_many(
     rows = torch.empty(len(adapters), shape.size, dtype=dtype, device=device)
     for key, place in places.items():
         rows[place] = shape.row(adapters[key], None).to(device, dtype)
+    most_rows = max(1, _LAID_OUT_BYTES // max(1, shape.size * rows.element_size()))
 
     found: list[list[Tensor]] = [[torch.empty(0)] * len(examples) for _, examples in asked]
     todo = [
@@ -104,7 +131,8 @@ def losses_of_many(
     limit = _DEVICE_BATCH_TOKENS if decoder.embed.is_cuda else _BATCH_TOKENS
     while todo:
         length = len(todo[0][2].token_ids)
-        batch, todo = todo[: max(1, limit // length)], todo[max(1, limit // length) :]
+        count = min(most_rows, max(1, limit // length))
+        batch, todo = todo[:count], todo[count:]
         chosen = torch.tensor([places[id(asked[person][0])] for person, _, _ in batch], device=device)
         losses = _batch_losses(model, FixedStack(shape, rows[chosen]), [row for _, _, row in batch], length)
         for (person, number, _), each in zip(batch, losses, strict=True):

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from engine.adapter_files import AdapterError, LoraModule, LoraWeights, read_adapter
 from engine.weights import LoadedModel, load_model
-from personalization.gate import GatePolicy, Verdict, judge
-from personalization.prompt import Example
+from personalization.gate import Case, Gate, GatePolicy, Verdict
+from personalization.neutral import neutral_rows
+from personalization.prompt import Example, Renderer
 from personalization.publish import META_FILE
 from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, best_dtype, train_stacks
 
@@ -215,16 +216,20 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = best_dtype(torch.device(device))
     try:
-        model = load_model(Path(settings["model_folder"]), device=device, dtype=dtype)
+        folder = Path(settings["model_folder"])
+        model = load_model(folder, device=device, dtype=dtype)
+        gate = Gate(model, neutral_rows(Renderer(folder, model.config.max_position_embeddings)))
         while (request := receive()) is not None:
-            _run_batch(model, request, send)
+            _run_batch(model, gate, request, send)
             send({"kind": "done"})
     except Exception as error:  # the parent says it to whoever asked; stderr has the traceback
         send({"kind": "error", "message": f"{type(error).__name__}: {error}"})
         raise
 
 
-def _run_batch(model: LoadedModel, request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+def _run_batch(
+    model: LoadedModel, gate: Gate, request: dict[str, Any], send: Callable[[dict[str, Any]], None]
+) -> None:
     recipe, policy = _recipe(request["recipe"]), GatePolicy(**request["policy"])
     tasks = [_unpack_task(task) for task in request["tasks"]]
     serving = [_read_serving(task.serving, model) for task in tasks]
@@ -248,14 +253,15 @@ def _run_batch(model: LoadedModel, request: dict[str, Any], send: Callable[[dict
         model, people, recipe, people_at_once=request["people_at_once"], on_progress=report
     ):
         send({"kind": "judging", "ids": [tasks[index].id for index in stack]})
+        learned = {index: each for index, each in stack.items() if each.error is None and each.steps}
+        cases = [Case(each.weights, serving[index], tasks[index].gate) for index, each in learned.items()]
+        verdicts = dict(zip(learned, gate.judge(cases, policy), strict=True))
         for index, trained in stack.items():
             task = tasks[index]
             if trained.error is not None:
                 verdict = Verdict(False, f"refused: training broke off at {trained.error}")
-            elif trained.steps == 0:
-                verdict = Verdict(False, "nothing to learn from")
             else:
-                verdict = judge(model, trained.weights, serving[index], task.gate, policy)
+                verdict = verdicts.get(index, Verdict(False, "nothing to learn from"))
             numbers = {
                 "steps": float(trained.steps),
                 "trained_tokens": float(trained.tokens),

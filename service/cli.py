@@ -272,7 +272,7 @@ def refresh(
     done = with_store(data, run)
     lines = [
         f"{one.user}: "
-        + (f"version {one.version}{', on trial' * one.trial}" if one.published else one.state if not one.reason else one.reason)
+        + (f"version {one.version}{', on trial' * one.trial}" if one.published else one.reason or one.state)
         for one in done
     ]
     answer({"refreshed": [asdict(one) for one in done]}, "\n".join(lines), as_json=as_json)

@@ -1,11 +1,13 @@
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from engine.adapter_files import LoraWeights
-from personalization.gate import GatePolicy, judge, student_quantile
+from personalization.gate import Case, Gate, GatePolicy, student_quantile
 from personalization.prompt import Example
+from personalization.score import token_losses
 from personalization.train import Person, Recipe, train
 from tests.small_model import habits, small_model
 
@@ -30,10 +32,21 @@ def strangers(model):
 
 
 HELD_OUT = habits(1, 45)[30:]
+NEUTRAL = habits(13, 4)
+
+
+def judge(model, candidate, serving, held_out, policy):
+    (verdict,) = Gate(model, NEUTRAL).judge([Case(candidate, serving, held_out)], policy)
+    return verdict
+
+
+def policy(**fields):
+    """This model is small enough for every adapter to shift what it says of anything."""
+    return GatePolicy(**{"max_drift": 100.0, **fields})
 
 
 def test_what_learned_the_persons_habits_is_accepted_over_the_base(model, own):
-    verdict = judge(model, own, None, HELD_OUT, GatePolicy())
+    verdict = judge(model, own, None, HELD_OUT, policy())
     assert verdict.accepted
     assert verdict.reason.startswith("better: on 15 held-out turns")
     numbers = verdict.numbers
@@ -44,14 +57,14 @@ def test_what_learned_the_persons_habits_is_accepted_over_the_base(model, own):
 
 
 def test_a_strangers_adapter_is_refused_as_worse_than_ones_own(model, own, strangers):
-    verdict = judge(model, strangers, own, HELD_OUT, GatePolicy())
+    verdict = judge(model, strangers, own, HELD_OUT, policy())
     assert not verdict.accepted
     assert verdict.reason.startswith("worse")
     assert verdict.numbers["gain_high"] < 0
 
 
 def test_the_serving_version_itself_brings_no_measurable_change(model, own):
-    verdict = judge(model, own, own, HELD_OUT, GatePolicy())
+    verdict = judge(model, own, own, HELD_OUT, policy())
     assert not verdict.accepted
     assert verdict.reason.startswith("no measurable change yet")
     assert verdict.numbers["gain"] == 0
@@ -59,30 +72,30 @@ def test_the_serving_version_itself_brings_no_measurable_change(model, own):
 
 def test_the_same_gain_on_few_turns_that_disagree_is_not_enough(model, own, strangers):
     mixed = [*habits(1, 3), *habits(2, 2)]  # the stranger's adapter is good for two rows and bad for three
-    cautious = dataclasses.replace(GatePolicy(), confidence=0.95)
+    cautious = policy(confidence=0.95)
     assert not judge(model, own, strangers, mixed, cautious).accepted
     assert judge(model, own, strangers, habits(1, 5), cautious).accepted
 
 
 @pytest.mark.parametrize("held_out", [[], [Example((1, 2, 3), (False, False, False))], HELD_OUT[:3]])
 def test_too_little_held_out_is_said_and_gives_no_average(model, own, held_out):
-    verdict = judge(model, own, None, held_out, GatePolicy())
+    verdict = judge(model, own, None, held_out, policy())
     assert not verdict.accepted
     turns = 3 if len(held_out) == 3 else 0
     assert verdict.reason == f"too little to judge by: {turns} held-out turns of 4 needed"
-    assert set(verdict.numbers) == {"turns", "tokens"}
+    assert set(verdict.numbers) == {"turns", "tokens", "drift"}
 
 
 def test_two_turns_of_one_row_count_as_two(model, own):
     first, second = HELD_OUT[:2]
     row = Example(first.token_ids + second.token_ids, first.learn_mask + second.learn_mask)
-    assert judge(model, own, None, [row] * 3, GatePolicy()).numbers["turns"] == 6
+    assert judge(model, own, None, [row] * 3, policy()).numbers["turns"] == 6
 
 
 def test_weights_that_are_not_finite_are_refused_before_anything_is_computed(model, own):
     broken = list(own.modules)
     broken[3] = dataclasses.replace(broken[3], a=broken[3].a * torch.nan)
-    verdict = judge(model, LoraWeights(tuple(broken)), None, HELD_OUT, GatePolicy())
+    verdict = judge(model, LoraWeights(tuple(broken)), None, HELD_OUT, policy())
     assert not verdict.accepted
     assert verdict.reason == "refused: o_proj of layer 0 holds numbers that are not finite"
     assert verdict.numbers == {}
@@ -90,9 +103,52 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_computed(mod
 
 def test_weights_that_exploded_are_refused(model, own):
     grown = LoraWeights(tuple(dataclasses.replace(m, b=m.b * 1e4) for m in own.modules))
-    verdict = judge(model, grown, None, HELD_OUT, GatePolicy())
+    verdict = judge(model, grown, None, HELD_OUT, policy())
     assert not verdict.accepted
     assert "times the base's norm, at most 2 is allowed" in verdict.reason
+
+
+def test_a_loss_that_is_not_finite_is_refused_whoevers_it_is(model, own):
+    # Each weight is finite and within the norms allowed; what they give together is not.
+    broken = LoraWeights(
+        tuple(dataclasses.replace(m, a=m.a * 1e20, b=m.b * 1e20) for m in own.modules if m.module == "o_proj")
+    )
+    lenient = policy(max_norm=1e60)
+    for candidate, serving, whose in ((broken, own, "its"), (own, broken, "the serving version's")):
+        verdict = judge(model, candidate, serving, HELD_OUT, lenient)
+        assert not verdict.accepted
+        assert whose in verdict.reason
+        assert "not a finite number" in verdict.reason
+        assert all(math.isfinite(value) for value in verdict.numbers.values())
+
+
+def test_what_is_better_for_the_person_and_worse_for_everything_else_is_refused(model, own):
+    free = judge(model, own, None, HELD_OUT, policy())
+    assert free.accepted
+    rows = [torch.cat(token_losses(model, NEUTRAL, each)).mean() for each in (None, own)]
+    assert free.numbers["drift"] == pytest.approx(float(rows[1] - rows[0]), abs=1e-4)
+    assert free.numbers["drift"] > 0.02
+    strict = judge(model, own, None, HELD_OUT, GatePolicy())
+    assert not strict.accepted
+    assert strict.reason.startswith("refused: on neutral text the loss per token rose by")
+    assert strict.numbers == free.numbers
+
+
+def test_a_verdict_does_not_depend_on_who_else_is_judged(model, own, strangers):
+    broken = LoraWeights(tuple(dataclasses.replace(m, a=m.a * torch.nan) for m in own.modules))
+    cases = [
+        Case(own, None, HELD_OUT),
+        Case(broken, None, HELD_OUT),
+        Case(strangers, own, HELD_OUT[:7]),
+        Case(own, own, []),
+    ]
+    gate = Gate(model, NEUTRAL)
+    together = gate.judge(cases, policy())
+    for case, verdict in zip(cases, together, strict=True):
+        (alone,) = gate.judge([case], policy())
+        assert (alone.accepted, alone.reason) == (verdict.accepted, verdict.reason)
+        assert alone.numbers == pytest.approx(verdict.numbers, abs=1e-4)
+    assert gate.judge([], policy()) == []
 
 
 @pytest.mark.parametrize(

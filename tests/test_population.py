@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from engine.weights import read_config
+from personalization.gate import GatePolicy
 from personalization.history import dump
 from personalization.population import NothingToLearn, Workshop, make, newest
 from personalization.prompt import Renderer
@@ -22,7 +23,8 @@ from tests.small_model import save_small_model, talk
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 RECIPE = Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=2, tokens_per_step=32)
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
-POLICY = RefreshPolicy(minimum_turns=20, gate_tokens=96, row_tokens=32, recipe=RECIPE)
+GATE = GatePolicy(max_drift=100.0)  # a model this small is moved by anything
+POLICY = RefreshPolicy(minimum_turns=20, gate_tokens=96, row_tokens=32, recipe=RECIPE, gate=GATE)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ async def trainer(folder: Path) -> AsyncIterator[Trainer]:
 def workshop(folder: Path, trainer: Trainer, tmp_path: Path) -> Workshop:
     renderer = Renderer(folder, 256)
     config = read_config(folder)
-    return Workshop(tmp_path / "population", config, renderer, trainer, "small", RECIPE, row_tokens=32)
+    return Workshop(tmp_path / "population", config, renderer, trainer, "small", RECIPE, GATE, 32)
 
 
 @pytest_asyncio.fixture(loop_scope="module")

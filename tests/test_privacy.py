@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.weights import LoadedModel, load_model, read_config
+from personalization.gate import GatePolicy
 from personalization.history import Turn, dump
 from personalization.population import Workshop, make
 from personalization.prompt import Renderer
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 POLICY = RefreshPolicy(
     minimum_turns=20,
     gate_tokens=96,
+    gate=GatePolicy(max_drift=100.0),  # a model this small is moved by anything
     row_tokens=32,
     recipe=Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=3, tokens_per_step=32),
 )
@@ -123,7 +125,8 @@ async def test_a_canary_is_learned_by_its_person_and_changes_no_bit_of_anyone_el
 async def test_the_population_adapter_knows_what_is_in_the_operators_file_and_nothing_of_the_users(
     kit: Kit, model: LoadedModel
 ):
-    makings = Workshop(kit.shelf.root, kit.shelf.config, kit.renderer, kit.trainer, "small", POLICY.recipe)
+    root, config = kit.shelf.root, kit.shelf.config
+    makings = Workshop(root, config, kit.renderer, kit.trainer, "small", POLICY.recipe, POLICY.gate)
     plain = [line.encode() for line in dump("book", talk("book", 60))]
     known = [line.encode() for line in dump("book", with_canary(talk("book", 60)))]
     files = {}

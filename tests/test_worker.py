@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from saq import Job, Status
 
 from engine.weights import read_config
+from personalization.gate import GatePolicy
 from personalization.jobs import (
     JobPolicy,
     RefreshQueue,
@@ -36,6 +37,7 @@ from tests.small_model import save_small_model, talk
 POLICY = RefreshPolicy(
     minimum_turns=20,
     gate_tokens=96,
+    gate=GatePolicy(max_drift=100.0),  # a model this small is moved by anything
     row_tokens=32,
     recipe=Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=2, tokens_per_step=32),
 )
@@ -60,7 +62,7 @@ def settings(redis_url: str, folder: Path, tmp_path: Path) -> WorkerSettings:
         jobs=JOBS,
         threads=1,
         device="cpu",
-        gather_s=0.3,
+        gather_s=1.0,
         sweep_s=1,
         nightly_hour=None,
         free_bytes_floor=0,
