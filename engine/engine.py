@@ -478,13 +478,14 @@ class Engine:
         if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
             events.append(self._end(sequence, "stop"))
             return
-        events.append(TokensEvent(sequence.id, (token,), sequence.num_known - sequence.num_prompt))
-        sequence.tokens[sequence.num_known] = token
-        sequence.num_known += 1
+        known = sequence.num_known
+        events.append(TokensEvent(sequence.request.id, (token,), known - sequence.num_prompt))
+        sequence.tokens[known] = token
+        sequence.num_known = known = known + 1
         self._scheduler.register(sequence)
         self._scheduler.charge(sequence, OUTPUT_TOKEN_COST)
         self._steps.output_tokens += 1
-        if sequence.num_known == sequence.most_tokens:
+        if known == sequence.most_tokens:
             events.append(self._end(sequence, "length"))
 
     def _failed(self, sequence: Sequence, error: Exception) -> FinishedEvent:
