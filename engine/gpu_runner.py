@@ -41,6 +41,7 @@ class Launched:
 
     count: int
     _host: Tensor  # [rows] int32, pinned
+    _begun: torch.cuda.Event | None
     _done: torch.cuda.Event | None
 
     def tokens(self) -> list[int]:
@@ -50,6 +51,13 @@ class Launched:
         if self._done is not None:
             self._done.synchronize()
         return cast(list[int], self._host[: self.count].tolist())
+
+    def device_s(self) -> float:
+        """Seconds from the copy of its inputs to that of its tokens, by the device's clock; waits for it."""
+        if self._begun is None or self._done is None:
+            return 0.0
+        self._done.synchronize()
+        return float(self._begun.elapsed_time(self._done)) / 1e3
 
 
 class GpuRunner:
@@ -150,6 +158,10 @@ class GpuRunner:
         shape = self._shape(batch)
         count = len(batch.logits_rows)
         sampled = self._bucket(self._row_buckets, count) if count else 0
+        begun = done = None
+        if self._is_cuda:
+            begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
         self._inputs.fill(batch, shape.tokens, shape.singles, sampled)
         self._run_layers(shape)
         host = self._results[self._side]
@@ -157,11 +169,9 @@ class GpuRunner:
         if sampled:
             self._run_draw(sampled)
             host[:count].copy_(self._decoder.tokens[:count], non_blocking=True)
-        done = None
-        if self._is_cuda:
-            done = torch.cuda.Event()
+        if done is not None:
             done.record()
-        return Launched(count, host, done)
+        return Launched(count, host, begun, done)
 
     def _shape(self, batch: Batch) -> StepShape:
         tokens, single = len(batch.token_ids), batch.num_single
