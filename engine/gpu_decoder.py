@@ -39,6 +39,7 @@ class StepShape:
     has_prompts: bool
     lora_groups: tuple[str, ...]  # of modules that some adapter of the step changes
     splits: int  # of each sequence's context, in the attention of decode rows
+    sampled: int  # padded rows to draw a token for
 
 
 class GpuDecoder:
@@ -97,6 +98,12 @@ class GpuDecoder:
         self._attention_space = attention.workspace(limits.rows, config.num_heads, config.head_dim, device)
         self.tokens = torch.full((limits.rows,), -1, dtype=torch.int32, device=device)  # of the last draw
 
+    def step(self, shape: StepShape) -> None:
+        """All of a step: hidden states, K/V, and one token for each row of `logits_rows` into `tokens`."""
+        self.layers(shape)
+        if shape.sampled:
+            self.draw(shape.sampled)
+
     def layers(self, shape: StepShape) -> None:
         """Hidden states of all rows of the step, and their K/V in the pages."""
         column, decoder = self._inputs.column, self._decoder
@@ -108,10 +115,10 @@ class GpuDecoder:
         )  # fmt: skip
         if shape.lora_groups:
             lora.resolve(self._inputs.lora, self._places, self.config.num_layers)
-        norms = [layer.input_norm.weight for layer in decoder.layers[1:] if isinstance(layer, Layer)]
-        for layer, following in zip(decoder.layers, [*norms, decoder.norm.weight], strict=True):
-            assert isinstance(layer, Layer)
-            self._layer(shape, layer, following)
+        layers = [layer for layer in decoder.layers if isinstance(layer, Layer)]
+        norms = [*(layer.input_norm for layer in layers[1:]), decoder.norm]  # each behind its layer
+        for layer, norm in zip(layers, norms, strict=True):
+            self._layer(shape, layer, norm.weight)
 
     def _layer(self, shape: StepShape, layer: Layer, following: Tensor) -> None:
         index, rows = layer.index, shape.tokens
@@ -149,7 +156,8 @@ class GpuDecoder:
             splits, self._x.shape[0], -1
         )
         has_lora = group in shape.lora_groups
-        adapters = Adapters(self._arena, rows, v, splits) if has_lora else None
+        with_adapters = shape.singles if shape.has_prompts else shape.tokens
+        adapters = Adapters(self._arena, rows, v, splits, with_adapters) if has_lora else None
         if has_lora:
             lora.shrink_decode(x, v, self._arena, rows, self._places, layer, place)
             if shape.has_prompts:

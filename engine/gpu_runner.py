@@ -1,7 +1,7 @@
 """The device, when it is a GPU: takes a Batch, records and replays CUDA graphs, hands out token ids a step
 later.
 
-A step is a copy of its inputs, one graph for the layers, one for the draw, and a copy of the tokens back;
+A step is a copy of its inputs, one graph, and a copy of the tokens back;
 the host waits for none of them. The next step may be launched at once: it finds the tokens of this one on
 the device.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.config import ConfigError
 from engine.gpu_decoder import GpuDecoder, StepShape, row_buckets, token_buckets
 from engine.step_inputs import Limits, StepInputs
 from engine.weights import LoadedModel
@@ -73,6 +74,9 @@ class GpuRunner:
         use_graphs: bool = True,
     ) -> None:  # fmt: skip
         config, device = model.config, arena.device
+        if arena.dtype == torch.float16:
+            # Products run before the norm divides; their range is that of the residual stream.
+            raise ConfigError("dtype", "bfloat16 or float32 on a GPU", "float16")
         kv_shape = (config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
         self._arena = arena
         self._slabs = arena[:, : torch.Size(kv_shape).numel()].view(-1, *kv_shape)
@@ -92,10 +96,10 @@ class GpuRunner:
         self._inputs = StepInputs(limits, device, config.num_layers)
         with torch.inference_mode():
             self._decoder = GpuDecoder(model.decoder, arena, self._slabs, self._inputs)
-        self._layer_graphs: dict[StepShape, Graph] = {}
-        self._draw_graphs: dict[int, Graph] = {}
+        self._graphs: dict[StepShape, Graph] = {}
         self._results = [torch.zeros(rows, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(2)]
         self._side = 0
+        self._no_logits = torch.zeros(0, config.vocab_size, device=device)
         self._arriving: dict[int, torch.cuda.Event] = {}  # slab -> copy that has not been seen to end
         if self._is_cuda:
             self._stream = torch.cuda.Stream(device)
@@ -122,13 +126,11 @@ class GpuRunner:
             if self._is_cuda:
                 self._stream.synchronize()
                 self._copies.synchronize()
-            sampled = self._bucket(self._row_buckets, max(1, len(batch.logits_rows)))
             shape = self._shape(batch)
-            self._inputs.fill(batch, shape.tokens, shape.singles, sampled)
+            self._inputs.fill(batch, shape.tokens, shape.singles, shape.sampled)
             self._decoder.layers(shape)
-            if not batch.logits_rows:
-                return torch.zeros(0, self._decoder.config.vocab_size)
-            logits = self._decoder.logits(sampled)[: len(batch.logits_rows)].float()
+            count = len(batch.logits_rows)
+            logits = self._decoder.logits(shape.sampled)[:count].float() if count else self._no_logits
             if self._is_cuda:
                 torch.cuda.synchronize()
             return logits.clone()
@@ -155,57 +157,54 @@ class GpuRunner:
         """Nothing is copied out of the pages here."""
 
     def _launch(self, batch: Batch) -> Launched:
-        shape = self._shape(batch)
-        count = len(batch.logits_rows)
-        sampled = self._bucket(self._row_buckets, count) if count else 0
+        shape, count = self._shape(batch), len(batch.logits_rows)
         begun = done = None
         if self._is_cuda:
             begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begun.record()
-        self._inputs.fill(batch, shape.tokens, shape.singles, sampled)
-        self._run_layers(shape)
+        self._inputs.fill(batch, shape.tokens, shape.singles, shape.sampled)
+        self._run(shape)
         host = self._results[self._side]
         self._side = 1 - self._side
-        if sampled:
-            self._run_draw(sampled)
+        if count:
             host[:count].copy_(self._decoder.tokens[:count], non_blocking=True)
         if done is not None:
             done.record()
         return Launched(count, host, begun, done)
 
     def _shape(self, batch: Batch) -> StepShape:
-        tokens, single = len(batch.token_ids), batch.num_single
+        """The shape that this batch is padded to.
+
+        Each new one is recorded when it first comes, which takes as long as a dozen steps, so steps with
+        prompts differ in few ways.
+        """
+        tokens, single, sampled = batch.num_tokens, batch.num_single, len(batch.logits_rows)
+        most = self._row_buckets[-1]
         has_prompts = single < len(batch.blocks)
         if has_prompts:
-            singles = self._row_buckets[-1] if single else 0
+            singles, drawn = most if single else 0, most
             padded = self._bucket(self._token_buckets, max(tokens, singles))
         else:
-            padded = singles = self._bucket(self._row_buckets, tokens)
-        longest = max(batch.context_lens[:single], default=0)
-        splits = attention.num_splits(singles, self._decoder.config.num_kv_heads, longest, self._arena.device)
-        return StepShape(padded, singles, has_prompts, self._inputs.lora_groups(batch), splits)
+            singles = padded = self._bucket(self._row_buckets, tokens)
+            drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
+        heads, longest = self._decoder.config.num_kv_heads, max(batch.context_lens[:single], default=0)
+        return StepShape(
+            padded,
+            singles,
+            has_prompts,
+            self._inputs.lora_groups(batch),
+            attention.num_splits(singles, heads, longest, self._arena.device),
+            drawn if sampled else 0,
+        )
 
-    def _run_layers(self, shape: StepShape) -> None:
-        if not self._uses_graphs:
-            self._decoder.layers(shape)
+    def _run(self, shape: StepShape) -> None:
+        graph = self._graphs.get(shape)
+        if graph is not None:
+            graph.replay()
             return
-        graph = self._layer_graphs.get(shape)
-        if graph is None:
-            self._decoder.layers(shape)  # compiles what is new; this step is done with it
-            self._layer_graphs[shape] = self._record(lambda: self._decoder.layers(shape))
-            return
-        graph.replay()
-
-    def _run_draw(self, sampled: int) -> None:
-        if not self._uses_graphs:
-            self._decoder.draw(sampled)
-            return
-        graph = self._draw_graphs.get(sampled)
-        if graph is None:
-            self._decoder.draw(sampled)
-            self._draw_graphs[sampled] = self._record(lambda: self._decoder.draw(sampled))
-            return
-        graph.replay()
+        self._decoder.step(shape)  # compiles what is new; this step is done with it
+        if self._uses_graphs:
+            self._graphs[shape] = self._record(lambda: self._decoder.step(shape))
 
     def _record(self, launches: Callable[[], None]) -> Graph:
         graph = Graph()

@@ -58,13 +58,13 @@ class StepInputs:
         columns = {
             "tables": ("i8", rows),
             "seed": ("i8", rows),
-            "row_tables": ("i8", tokens),
+            "row_tables": ("i8", rows),
             "token_ids": ("i4", tokens),
             "token_source": ("i4", tokens),
             "positions": ("i4", tokens),
             "slots": ("i4", tokens),
-            "row_strides": ("i4", tokens),
-            "row_tiles": ("i4", tokens * 7),
+            "row_strides": ("i4", rows),
+            "row_tiles": ("i4", rows * 7),
             "tile_strides": ("i4", rows),
             "tiles": ("i4", rows * 7),
             "first_row": ("i4", rows),
@@ -124,7 +124,7 @@ class StepInputs:
             row_count=column["row_count"],
             row_tables=column["row_tables"],
             row_strides=column["row_strides"],
-            row_tiles=column["row_tiles"].view(tokens, 7),
+            row_tiles=column["row_tiles"].view(rows, 7),
             items=tuple(column[f"items_{group}"] for group in GROUPS),
             num_items=column["num_items"].view(4, 4),
             prompt_first_row=column["prompt_first_row"],
@@ -149,7 +149,7 @@ class StepInputs:
         used = _fill(
             host, batch, blocks, padded_tokens, padded_singles, padded_sampled, self.limits.query_rows
         )
-        used |= self._fill_lora(host, batch, padded_tokens)
+        used |= self._fill_lora(host, batch, padded_singles)
         self._copy(side, 0, self._always)
         for name, length in used.items():
             _, at, _ = self._places[name]
@@ -161,11 +161,11 @@ class StepInputs:
         self._memory[begin:end].copy_(self._hosts[side][begin:end], non_blocking=True)
 
     def _fill_lora(
-        self, host: dict[str, npt.NDArray[np.generic]], batch: Batch, padded_tokens: int
+        self, host: dict[str, npt.NDArray[np.generic]], batch: Batch, padded_singles: int
     ) -> dict[str, int]:
         """Segments of rows with one adapter, and for each group the tiles that decode rows need."""
         row_tiles = host["row_tiles"].reshape(-1, 7)
-        row_tiles[:padded_tokens] = 0
+        row_tiles[:padded_singles] = 0
         host["num_items"][:] = 0
         host["num_prompt_tiles"][0] = 0
         if not batch.adapters:

@@ -1,5 +1,8 @@
-"""The public ops. Every device runs the reference so far, training its own forms of what it differentiates;
-faster kernels come in behind these names."""
+"""The public ops of the CPU's path, and of training, which has its own forms of what it differentiates.
+
+The GPU's kernels are in modules of their own, imported only where there is a GPU (or an interpreter of
+Triton): `lora`, `linear`, `attention`, `fused` and `sampling`, called by `engine.gpu_decoder`.
+"""
 
 from torch import Tensor
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.programs import allow_next, can_overlap, num_processors, prefetch_rows, wait
+from kernels.programs import allow_next, can_overlap, num_processors, wait
 
 QUERY_ROWS = 16  # tokens of one tile of prefill
 _MOST_SPLITS = 32
@@ -38,7 +38,7 @@ def decode_config(dim: int, dtype: torch.dtype) -> AttentionConfig:
     wide = triton.next_power_of_2(dim) * dtype.itemsize
     if wide > 512:
         return AttentionConfig(32, 4, 2)
-    return AttentionConfig(64, 4, 2 if wide > 256 else 3)
+    return AttentionConfig(64, 4, 2) if wide > 256 else AttentionConfig(128, 4, 2)
 
 
 def prefill_config(dim: int, dtype: torch.dtype) -> AttentionConfig:
@@ -150,17 +150,6 @@ def _decode_kernel(
     sequence, head, split = tl.program_id(2), tl.program_id(0), tl.program_id(1)
     length = tl.load(context_lens + sequence)
     begin, end, parts = _part(length, window, split, splits, POSITIONS, HAS_WINDOW)
-    if PDL:
-        # The kernel before writes one position of K/V, and the cache keeps up with that: the first tile can
-        # come nearer meanwhile.
-        ahead = begin + tl.arange(0, POSITIONS)
-        first = block_list + tl.load(block_start + sequence)
-        slab = tl.load(first + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
-        row = kv + head.to(tl.int64) * stride_head + slab.to(tl.int64) * stride_slab
-        row += (ahead % BLOCK_SIZE) * stride_offset
-        nbytes = tl.where(ahead < end, D * (kv.dtype.element_ty.primitive_bitwidth // 8), 16)
-        prefetch_rows(row, nbytes, D % 16 == 0)
-        prefetch_rows(row + stride_kv, nbytes, D % 16 == 0)
     wait(PDL)
     g = tl.arange(0, HEADS)
     d = tl.arange(0, WIDTH)

@@ -6,6 +6,7 @@ product: each writes x * weight and, per block of columns, the sum of squares; t
 divides.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -36,6 +37,7 @@ class Adapters:
     rows: LoraRows
     v: Tensor
     splits: int
+    count: int  # rows from here on have none
 
 
 @triton.jit
@@ -75,9 +77,9 @@ def _embed_kernel(
     tl.store(sin + row * HALF + h, tl.sin(angle), mask=h < HALF)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "first_row"])
 def _rotary_kernel(
-    y, slot_stride, blocks_k, units, N, bias, ssq, stride_ssq, blocks, H, eps,
+    first_row, y, slot_stride, blocks_k, units, N, bias, ssq, stride_ssq, blocks, H, eps,
     q_norm, k_norm, cos, sin, q, slabs, slots, slab_stride, layer_stride, kv_stride,
     layer, num_q, num_kv, BLOCK_SIZE, D, HALF,
     arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
@@ -86,7 +88,7 @@ def _rotary_kernel(
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     block = tl.program_id(1)
     blocks_q = tl.cdiv(num_q, HEADS)
     blocks_kv = tl.cdiv(num_kv, HEADS)
@@ -152,15 +154,15 @@ def _rotary_kernel(
         tl.store(out + high, new_b, mask=is_kept)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "first_row"])
 def _gate_kernel(
-    y, slot_stride, blocks_k, units, F, ssq, stride_ssq, blocks, H, eps, out, layer,
+    first_row, y, slot_stride, blocks_k, units, F, ssq, stride_ssq, blocks, H, eps, out, layer,
     arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
     COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
     RANKS: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_c = c < F
     if HAS_LORA:
@@ -183,15 +185,15 @@ def _gate_kernel(
     tl.store(out + row.to(tl.int64) * F + c, value.to(out.dtype.element_ty), mask=is_c)
 
 
-@triton.jit(do_not_specialize=["layer", "module"])
+@triton.jit(do_not_specialize=["layer", "module", "first_row"])
 def _residual_kernel(
-    y, slot_stride, blocks_k, units, H, x, weight, xw, ssq, stride_ssq, layer, module,
+    first_row, y, slot_stride, blocks_k, units, H, x, weight, xw, ssq, stride_ssq, layer, module,
     arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
     COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
     RANKS: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     block = tl.program_id(1)
     c = block * COLUMNS + tl.arange(0, COLUMNS)
     is_c = c < H
@@ -278,17 +280,18 @@ def rotary_write(
     width = triton.next_power_of_2(half)
     heads = max(1, min(COLUMNS // (2 * width), triton.next_power_of_2(max(num_q, num_kv))))
     blocks = -(-num_q // heads) + 2 * -(-num_kv // heads)
-    _rotary_kernel[(rows, blocks)](
-        product.y, *_slots_of(product), product.y.shape[-1], bias if bias is not None else ssq,
-        ssq, ssq.stride(0), num_blocks(hidden), hidden, eps,
-        q_norm if q_norm is not None else ssq, k_norm if k_norm is not None else ssq, cos, sin, q,
-        slabs, slots, slabs.stride(0), slabs.stride(1), slabs.stride(2),
-        layer, num_q, num_kv, slabs.shape[3], dim, half,
-        *_lora_of(adapters, ssq),
-        HEADS=heads, HALF_WIDTH=width, **_slot_constants(product),
-        BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
-        **_lora_constants(adapters), HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, **_launch(pdl),
-    )  # fmt: skip
+    for first_row, count, lora in _spans(rows, adapters):
+        _rotary_kernel[(count, blocks)](
+            first_row, product.y, *_slots_of(product), product.y.shape[-1], bias if bias is not None else ssq,
+            ssq, ssq.stride(0), num_blocks(hidden), hidden, eps,
+            q_norm if q_norm is not None else ssq, k_norm if k_norm is not None else ssq, cos, sin, q,
+            slabs, slots, slabs.stride(0), slabs.stride(1), slabs.stride(2),
+            layer, num_q, num_kv, slabs.shape[3], dim, half,
+            *_lora_of(lora, ssq),
+            HEADS=heads, HALF_WIDTH=width, **_slot_constants(product),
+            BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
+            **_lora_constants(lora), HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, **_launch(pdl),
+        )  # fmt: skip
 
 
 def gate(
@@ -302,13 +305,14 @@ def gate(
     adapters: Adapters | None,
 ) -> None:
     """out[t] = silu(g) * u with g | u = product / rms (+ LoRA). out [T, F]."""
-    width = out.shape[1]
-    _gate_kernel[(rows, -(-width // COLUMNS))](
-        product.y, *_slots_of(product), width, ssq, ssq.stride(0), num_blocks(hidden), hidden, eps,
-        out, layer, *_lora_of(adapters, ssq),
-        COLUMNS=COLUMNS, **_slot_constants(product), BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
-        **_lora_constants(adapters), **_launch(can_overlap(out.device)),
-    )  # fmt: skip
+    width, pdl = out.shape[1], can_overlap(out.device)
+    for first_row, count, lora in _spans(rows, adapters):
+        _gate_kernel[(count, -(-width // COLUMNS))](
+            first_row, product.y, *_slots_of(product), width, ssq, ssq.stride(0), num_blocks(hidden), hidden,
+            eps, out, layer, *_lora_of(lora, ssq),
+            COLUMNS=COLUMNS, **_slot_constants(product), BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
+            **_lora_constants(lora), **_launch(pdl),
+        )  # fmt: skip
 
 
 def residual(
@@ -318,13 +322,14 @@ def residual(
     """x += product (+ LoRA of `module`), xw = x * weight (of the norm to come), ssq = sums of squares by
     block.
     """
-    hidden = x.shape[1]
-    _residual_kernel[(rows, num_blocks(hidden))](
-        product.y, *_slots_of(product), hidden, x, weight, xw, ssq, ssq.stride(0), layer, module,
-        *_lora_of(adapters, ssq),
-        COLUMNS=COLUMNS, **_slot_constants(product), **_lora_constants(adapters),
-        **_launch(can_overlap(x.device)),
-    )  # fmt: skip
+    hidden, pdl = x.shape[1], can_overlap(x.device)
+    for first_row, count, lora in _spans(rows, adapters):
+        _residual_kernel[(count, num_blocks(hidden))](
+            first_row, product.y, *_slots_of(product), hidden, x, weight, xw, ssq, ssq.stride(0), layer,
+            module, *_lora_of(lora, ssq),
+            COLUMNS=COLUMNS, **_slot_constants(product), **_lora_constants(lora),
+            **_launch(pdl),
+        )  # fmt: skip
 
 
 def gather_normed(xw: Tensor, ssq: Tensor, rows: Tensor, out: Tensor, eps: float, count: int) -> None:
@@ -336,6 +341,17 @@ def gather_normed(xw: Tensor, ssq: Tensor, rows: Tensor, out: Tensor, eps: float
         WIDTH=triton.next_power_of_2(hidden), BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
         PDL=pdl, num_warps=8, **launch_options(pdl),
     )  # fmt: skip
+
+
+def _spans(rows: int, adapters: Adapters | None) -> Iterator[tuple[int, int, Adapters | None]]:
+    """(first row, how many, their adapters): rows without any run in a kernel that knows of none, the smaller
+    one.
+    """
+    some = min(rows, adapters.count) if adapters is not None else 0
+    if some:
+        yield 0, some, adapters
+    if rows > some:
+        yield some, rows - some, None
 
 
 def _slots_of(product: Product) -> tuple[int, int, int]:

@@ -41,9 +41,9 @@ class LoraRows:
     the group << 8 | tile.
     """
 
-    row_tables: Tensor  # [T] int64: address of the table of the row's adapter
-    row_strides: Tensor  # [T]: its P
-    row_tiles: Tensor  # [T, 7]: tiles of each module, the most of any layer
+    row_tables: Tensor  # [D] int64: address of the table of the decode row's adapter
+    row_strides: Tensor  # [D]: its P
+    row_tiles: Tensor  # [D, 7]: tiles of each module, the most of any layer
     tables: Tensor  # [S] int64
     tile_strides: Tensor  # [S]
     tiles: Tensor  # [S, 7]

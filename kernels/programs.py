@@ -26,20 +26,6 @@ def allow_next(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
-def prefetch_rows(pointers, nbytes, PREFETCH: tl.constexpr):
-    """Bring `nbytes` (a multiple of 16) from each 16-byte aligned pointer into the L2 cache."""
-    if PREFETCH:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [pointers, nbytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors in host memory."""
     return bool(triton.knobs.runtime.interpret)

@@ -44,6 +44,23 @@ def about_the_model(*errors: type[Exception]) -> Iterator[None]:
         raise ModelUnusable(str(error)) from None
 
 
+def engine_sizes(settings: Settings, free_device_bytes: int | None) -> dict[str, int]:
+    """Bytes of arena and host cache and tokens of a step, as set or else by the device.
+
+    On a GPU, of which so much memory is free behind the model, the arena takes it all but a tenth and 2 GiB,
+    which the step's buffers need; a step is long enough to multiply at full speed. None: a CPU.
+    """
+    arena, host, tokens = 1024 * MIB, 512 * MIB, 512
+    if free_device_bytes is not None:
+        arena = max(64 * MIB, free_device_bytes * 9 // 10 - 2048 * MIB)
+        host, tokens = 8192 * MIB, 2048
+    return {
+        "arena_bytes": arena if settings.arena_mb is None else settings.arena_mb * MIB,
+        "host_cache_bytes": host if settings.host_cache_mb is None else settings.host_cache_mb * MIB,
+        "max_tokens_per_step": settings.max_step_tokens or tokens,
+    }
+
+
 async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, answer on the engine's socket. Raises ModelUnusable."""
     import torch
@@ -59,19 +76,18 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    config = EngineConfig(
-        arena_bytes=settings.arena_mb * MIB,
-        host_cache_bytes=settings.host_cache_mb * MIB,
-        max_running=settings.max_running,
-        max_tokens_per_step=settings.max_step_tokens,
-        device=device,
-        dtype=dtype,
-        threads=settings.threads or None,
-    )
     with about_the_model(ModelError):
         model = await asyncio.to_thread(
             load_model, Path(settings.model), device=device, dtype=getattr(torch, dtype)
         )
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else None
+    config = EngineConfig(
+        max_running=settings.max_running,
+        device=device,
+        dtype=dtype,
+        threads=settings.threads or None,
+        **engine_sizes(settings, free),
+    )
     private_folder(settings.run_folder)
     private_folder(settings.adapter_root)
     engine = Engine(config, model, settings.adapter_root)
@@ -102,6 +118,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
     from engine.weights import ModelError
     from personalization.prompt import TokenizerMissing
     from personalization.refresh import RefreshPolicy
+    from personalization.trial import TrialPolicy
     from personalization.worker import WorkerSettings
     from personalization.worker import run_worker as run
 
@@ -112,7 +129,8 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         model_folder=Path(settings.model),
         model_name=settings.shown_model,
         secret=read_or_create_secret(settings.secret_path),
-        policy=RefreshPolicy(auto_after=settings.auto_refresh_after),
+        policy=RefreshPolicy(trial_share=settings.trial_share),
+        trial=TrialPolicy(share=settings.trial_share, replies=settings.trial_replies),
         threads=settings.train_threads,
         device=settings.device,
         nightly_hour=settings.nightly_hour,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from service.processes import engine_sizes
 from service.settings import (
     LONGEST_SOCKET_PATH,
     Settings,
@@ -106,3 +107,14 @@ def test_a_folder_for_sockets_is_private_and_a_link_is_refused(tmp_path: Path) -
     (tmp_path / "link").symlink_to(open_folder)
     with pytest.raises(SettingsError):
         private_folder(tmp_path / "link")
+
+
+def test_sizes_follow_the_device_unless_they_are_set() -> None:
+    on_cpu = engine_sizes(Settings(), None)
+    assert on_cpu == {"arena_bytes": 1 << 30, "host_cache_bytes": 1 << 29, "max_tokens_per_step": 512}
+    on_gpu = engine_sizes(Settings(), 100 << 30)
+    assert 80 << 30 < on_gpu["arena_bytes"] < 100 << 30
+    assert on_gpu["max_tokens_per_step"] == 2048
+    chosen = Settings(arena_mb=64, host_cache_mb=0, max_step_tokens=16)
+    expected = {"arena_bytes": 64 << 20, "host_cache_bytes": 0, "max_tokens_per_step": 16}
+    assert engine_sizes(chosen, None) == engine_sizes(chosen, 100 << 30) == expected
