@@ -107,7 +107,7 @@ async def measure(service: RunningService, settings: Settings, count: int) -> di
         "seconds": round(seconds, 1),
         "tokens_per_s": round(written / seconds, 1),
         "integrity": "clean",
-        "preemptions": stats.get("preemptions"),
+        "preemptions": int(stats["queue"]["preemptions"]),
     }
 
 

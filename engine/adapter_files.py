@@ -8,12 +8,12 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,7 +45,7 @@ _PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.model\.layers\.(0|[1-9]\d{0,5})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
 )
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Fields of adapter_config.json that change nothing of what an adapter computes once it is trained, or that
 # are read below. Any other field must be absent, null, false or empty: a feature of a PEFT to come must not
 # be ignored silently.
@@ -122,12 +122,15 @@ class UnsafePath(AdapterError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraModule:
-    """delta = scale * B A of one linear module; scale is alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    """delta = scale * B A of one linear module; scale is alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+    Both matrices are float32, unless they were read as they are stored.
+    """
 
     layer: int
     module: str
-    a: Tensor  # [r, in] float32
-    b: Tensor  # [out, r] float32
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
     scale: float
 
     @property
@@ -155,8 +158,14 @@ def version_folder(root: Path, adapter_id: str, version: int) -> Path:
     return folder
 
 
-def read_adapter(folder: Path, config: ModelConfig) -> LoraWeights:
-    """The adapter in `folder`, checked against the model it is for. Raises AdapterError subclasses."""
+def read_adapter(
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype | None = torch.float32
+) -> LoraWeights:
+    """The adapter in `folder`, checked against the model it is for. Raises AdapterError subclasses.
+
+    dtype None: the numbers as they are stored, in the file itself, which is mapped into memory and must not
+    change.
+    """
     settings = _Settings.read(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -174,7 +183,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> LoraWeights:
     specs = read_header(path, max_header_bytes=header_limit, max_tensors=most)
     pairs = _pair_up(specs, config)
     settings.check_targets(pairs, config)
-    return LoraWeights(_read_modules(path, pairs, settings, config))
+    return LoraWeights(tuple(_read_modules(_Tensors(path, specs), pairs, settings, config, dtype)))
 
 
 def write_adapter(
@@ -333,31 +342,43 @@ def _pair_up(specs: dict[str, TensorSpec], config: ModelConfig) -> dict[tuple[in
     return dict(sorted(pairs.items(), key=lambda item: (item[0][0], MODULES.index(item[0][1]))))
 
 
+class _Tensors:
+    """The tensors of a file whose header was checked, as views of the file mapped into memory."""
+
+    def __init__(self, path: Path, specs: dict[str, TensorSpec]) -> None:
+        self._path = path
+        self._specs = specs
+        size = path.stat().st_size
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        self._data = mapped[size - max(spec.end for spec in specs.values()) :]
+
+    def read(self, name: str, expected: tuple[int, int], dtype: torch.dtype | None) -> Tensor:
+        spec = self._specs[name]
+        if spec.shape != expected:
+            raise WrongShape(self._path.name, name, expected, spec.shape)
+        content = self._data[spec.begin : spec.end]
+        if content.storage_offset() % 4:
+            content = content.clone()  # of a header of odd length
+        tensor = content.view(_DTYPES[spec.dtype]).view(expected)
+        # Both are NaN if any number is: one pass over the numbers, where isfinite would make several.
+        if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor)):
+            raise NotFinite(name)
+        return tensor if dtype is None else tensor.to(dtype, copy=True)
+
+
 def _read_modules(
-    path: Path, pairs: dict[tuple[int, str], dict[str, str]], settings: _Settings, config: ModelConfig
-) -> tuple[LoraModule, ...]:
-    modules = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for (layer, module), names in pairs.items():
-                rank, scale = settings.of(layer, module)
-                out_features, in_features = module_shape(config, module)
-                a = _read_tensor(path, file, names["A"], (rank, in_features))
-                b = _read_tensor(path, file, names["B"], (out_features, rank))
-                modules.append(LoraModule(layer, module, a, b, scale))
-    except SafetensorError as error:
-        raise NotSafetensors(path, f"what the library refuses ({error})") from error
-    return tuple(modules)
-
-
-def _read_tensor(path: Path, file: Any, name: str, expected: tuple[int, int]) -> Tensor:
-    shape = tuple(file.get_slice(name).get_shape())
-    if shape != expected:
-        raise WrongShape(path.name, name, expected, shape)
-    tensor: Tensor = file.get_tensor(name).float()
-    if not torch.isfinite(tensor).all():
-        raise NotFinite(name)
-    return tensor
+    tensors: _Tensors,
+    pairs: dict[tuple[int, str], dict[str, str]],
+    settings: _Settings,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+) -> Iterator[LoraModule]:
+    for (layer, module), names in pairs.items():
+        rank, scale = settings.of(layer, module)
+        out_features, in_features = module_shape(config, module)
+        a = tensors.read(names["A"], (rank, in_features), dtype)
+        b = tensors.read(names["B"], (out_features, rank), dtype)
+        yield LoraModule(layer, module, a, b, scale)
 
 
 def _target_modules(weights: LoraWeights, config: ModelConfig) -> list[str]:

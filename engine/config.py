@@ -36,7 +36,7 @@ class EngineConfig:
     # tokens
     ageing_tokens_per_s: float = 50.0
     # Adapters
-    load_threads: int = 2  # readers of adapter files, beside the step
+    load_threads: int | None = None  # readers of adapter files, beside the step; None: 2, for a GPU 8
     failed_load_retry_s: float = 1.0  # a load that failed is answered with the same error for this long
     # Device
     device: str = "cpu"
@@ -53,13 +53,12 @@ class EngineConfig:
             "max_tokens_per_step",
             "max_running",
             "max_waiting",
-            "load_threads",
             "max_frame_bytes",
             "max_unsent_bytes",
         ):
             self._require(key, 1)
         self._require("host_cache_bytes", 0)
-        for key in ("block_size", "threads", "max_adapter_bytes_per_step"):
+        for key in ("block_size", "threads", "load_threads", "max_adapter_bytes_per_step"):
             if getattr(self, key) is not None:
                 self._require(key, 1)
         for key in ("ageing_tokens_per_s", "failed_load_retry_s", "disconnect_grace_s"):

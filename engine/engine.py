@@ -28,7 +28,8 @@ from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.adapters import AdapterCache, Copy
 from engine.batch import Batch, build_batch
 from engine.config import ConfigError, EngineConfig
-from engine.packing import PackedAdapter, ResidentAdapter, min_slab_elems, pack_adapter
+from engine.host_memory import PinnedMemory
+from engine.packing import PackedAdapter, ResidentAdapter, min_slab_elems, on_heap, pack_adapter
 from engine.pages import BrokenBooks, PagePool
 from engine.prefix import PrefixCache
 from engine.request import (
@@ -203,13 +204,18 @@ class Engine:
         self._device = make_device(config, model, arena, self.block_size)
         self._pool = PagePool(num_slabs)
         self._prefix = PrefixCache(self._pool, self.block_size, model.base_hash, enabled=config.prefix_cache)
-        self._readers = ThreadPoolExecutor(config.load_threads, thread_name_prefix="adapter-reader")
+        is_cuda = arena.device.type == "cuda"
+        load_threads = config.load_threads or (8 if is_cuda else 2)
+        self._readers = ThreadPoolExecutor(load_threads, thread_name_prefix="adapter-reader")
+        allocate = PinnedMemory().empty if is_cuda else on_heap
 
         def read_file(ref: AdapterRef) -> LoraWeights:
-            return read_adapter(version_folder(adapter_root, ref.id, ref.version), model.config)
+            folder = version_folder(adapter_root, ref.id, ref.version)
+            return read_adapter(folder, model.config, dtype=None)
 
         def load(ref: AdapterRef) -> PackedAdapter:
-            return pack_adapter((read or read_file)(ref), model.config, slab_elems, arena.dtype)
+            weights = (read or read_file)(ref)
+            return pack_adapter(weights, model.config, slab_elems, arena.dtype, allocate)
 
         def place(
             ref: AdapterRef, packed: PackedAdapter, slabs: tuple[int, ...]
@@ -228,7 +234,7 @@ class Engine:
             self._readers,
             clock,
             host_bytes=config.host_cache_bytes,
-            max_loading=2 * config.load_threads,  # one being read and one in line, so that no reader idles
+            max_loading=2 * load_threads,  # one being read and one in line, so that no reader idles
             retry_s=config.failed_load_retry_s,
             notify=loaded,
         )

@@ -163,13 +163,20 @@ class GpuRunner:
         return Launched(count, host, done)
 
     def _shape(self, batch: Batch) -> StepShape:
+        """The shape that this batch is padded to.
+
+        Each new one is recorded when it first comes, which takes as long as a dozen steps, so steps with
+        prompts differ in few ways.
+        """
         tokens, single, sampled = batch.num_tokens, batch.num_single, len(batch.logits_rows)
+        most = self._row_buckets[-1]
         has_prompts = single < len(batch.blocks)
         if has_prompts:
-            singles = self._row_buckets[-1] if single else 0
+            singles, drawn = most if single else 0, most
             padded = self._bucket(self._token_buckets, max(tokens, singles))
         else:
-            padded = singles = self._bucket(self._row_buckets, tokens)
+            singles = padded = self._bucket(self._row_buckets, tokens)
+            drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
         heads, longest = self._decoder.config.num_kv_heads, max(batch.context_lens[:single], default=0)
         return StepShape(
             padded,
@@ -177,7 +184,7 @@ class GpuRunner:
             has_prompts,
             self._inputs.lora_groups(batch),
             attention.num_splits(singles, heads, longest, self._arena.device),
-            self._bucket(self._row_buckets, sampled) if sampled else 0,
+            drawn if sampled else 0,
         )
 
     def _run(self, shape: StepShape) -> None:

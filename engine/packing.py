@@ -6,9 +6,13 @@ rank rows are zeros. A tile lies whole inside one slab, slabs need not be adjace
 lacks takes any room.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +31,23 @@ class SlabTooSmall(ValueError):
         self.got = got
 
 
+Allocate = Callable[[tuple[int, int], torch.dtype], Tensor]  # a matrix of this shape, with any content
+
+
+def on_heap(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Memory for an image from the process' own heap."""
+    return torch.empty(shape, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Adjacent tiles of one matrix: `rows` rank rows from `first` on lie at `offset`, one after the other."""
+
+    offset: int
+    first: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleTiles:
     """Where one module lies: for each tile of 8 rank rows its element offset from the start of the image."""
@@ -39,6 +60,8 @@ class ModuleTiles:
     out_features: int
     a_offsets: tuple[int, ...]
     b_offsets: tuple[int, ...]
+    a_runs: tuple[Run, ...]  # the same places, as few copies as possible
+    b_runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -48,6 +71,7 @@ class AdapterLayout:
     slab_elems: int
     slabs_needed: int
     modules: tuple[ModuleTiles, ...]
+    gaps: tuple[tuple[int, int], ...]  # from .. to, in elements: what no run writes
 
     @property
     def tile_elems(self) -> int:
@@ -62,13 +86,18 @@ class AdapterLayout:
         """Bytes of the slabs in float32; an image knows its own size."""
         return self.slabs_needed * self.slab_elems * 4
 
-    def pack(self, weights: LoraWeights, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The image [slabs_needed, slab_elems] of weights of this shape."""
-        image = torch.zeros(self.slabs_needed * self.slab_elems, dtype=dtype)
+    def pack(
+        self, weights: LoraWeights, dtype: torch.dtype = torch.float32, allocate: Allocate = on_heap
+    ) -> Tensor:
+        """The image [slabs_needed, slab_elems] of weights of this shape, in memory that `allocate` gives."""
+        image = allocate((self.slabs_needed, self.slab_elems), dtype)
+        bits = _bits(image).reshape(-1)
+        for begin, end in self.gaps:
+            bits[begin:end] = 0
         for tiles, lora in zip(self.modules, weights.modules, strict=True):
-            _write_tiles(image, tiles.a_offsets, lora.a)
-            _write_tiles(image, tiles.b_offsets, lora.b.t())
-        return image.view(self.slabs_needed, self.slab_elems)
+            _write(bits, tiles.a_runs, _bits(lora.a.to(dtype)))
+            _write(bits, tiles.b_runs, _bits(lora.b.to(dtype)).T)
+        return image
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +152,16 @@ class ResidentAdapter:
 
 
 def pack_adapter(
-    weights: LoraWeights, config: ModelConfig, slab_elems: int, dtype: torch.dtype = torch.float32
+    weights: LoraWeights,
+    config: ModelConfig,
+    slab_elems: int,
+    dtype: torch.dtype = torch.float32,
+    allocate: Allocate = on_heap,
 ) -> PackedAdapter:
     """The host form of an adapter. Raises SlabTooSmall when a tile of this model does not fit in a slab."""
     shape = tuple((m.layer, m.module, m.rank, m.scale) for m in weights.modules)
     layout = lay_out(shape, config, slab_elems)
-    return PackedAdapter(layout, layout.pack(weights, dtype))
+    return PackedAdapter(layout, layout.pack(weights, dtype, allocate))
 
 
 def min_slab_elems(config: ModelConfig) -> int:
@@ -179,26 +212,63 @@ def lay_out(shape: Shape, config: ModelConfig, slab_elems: int) -> AdapterLayout
                 used.append(0)
             offsets.setdefault(key, []).append(slab * slab_elems + used[slab])
             used[slab] += size
-    modules = tuple(
-        ModuleTiles(
-            layer,
-            module,
-            rank,
-            scale,
-            sizes[module][1],
-            sizes[module][0],
-            tuple(offsets[index, "a"]),
-            tuple(offsets[index, "b"]),
+    modules = []
+    for index, (layer, module, rank, scale) in enumerate(shape):
+        out_features, in_features = sizes[module]
+        a, b = tuple(offsets[index, "a"]), tuple(offsets[index, "b"])
+        a_runs, b_runs = tuple(_runs(a, rank, in_features)), tuple(_runs(b, rank, out_features))
+        modules.append(
+            ModuleTiles(layer, module, rank, scale, in_features, out_features, a, b, a_runs, b_runs)
         )
-        for index, (layer, module, rank, scale) in enumerate(shape)
+    gaps = tuple(_gaps(modules, len(used) * slab_elems))
+    return AdapterLayout(slab_elems, len(used), tuple(modules), gaps)
+
+
+def _runs(offsets: tuple[int, ...], rank: int, width: int) -> Iterator[Run]:
+    size = RANK_TILE * width
+    begin = 0
+    for tile in range(1, len(offsets) + 1):
+        if tile == len(offsets) or offsets[tile] != offsets[tile - 1] + size:
+            first = begin * RANK_TILE
+            yield Run(offsets[begin], first, min(rank, tile * RANK_TILE) - first)
+            begin = tile
+
+
+def _gaps(modules: list[ModuleTiles], elems: int) -> Iterator[tuple[int, int]]:
+    """Room for rank rows that there are not, and the ends of slabs."""
+    written = sorted(
+        (run.offset, run.offset + run.rows * width)
+        for m in modules
+        for run, width in chain(
+            ((run, m.in_features) for run in m.a_runs), ((run, m.out_features) for run in m.b_runs)
+        )
     )
-    return AdapterLayout(slab_elems, len(used), modules)
+    end = 0
+    for begin, next_end in written:
+        if begin > end:
+            yield end, begin
+        end = next_end
+    if end < elems:
+        yield end, elems
 
 
-def _write_tiles(image: Tensor, offsets: tuple[int, ...], rows: Tensor) -> None:
-    for index, offset in enumerate(offsets):
-        tile = rows[index * RANK_TILE : (index + 1) * RANK_TILE]
-        image[offset : offset + tile.numel()] = tile.reshape(-1)
+_Bits = npt.NDArray[np.int16] | npt.NDArray[np.int32]
+
+
+def _bits(tensor: Tensor) -> _Bits:
+    """The numbers as integers of their size, for NumPy: it has no bfloat16, and turns a matrix in a fifth of
+    the time.
+    """
+    integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    bits: _Bits = tensor.detach().view(integers).numpy()
+    return bits
+
+
+def _write(image: _Bits, runs: tuple[Run, ...], rows: _Bits) -> None:
+    width = rows.shape[1]
+    for run in runs:
+        place = image[run.offset : run.offset + run.rows * width].reshape(run.rows, width)
+        place[...] = rows[run.first : run.first + run.rows]
 
 
 def _read_tiles(flat: Tensor, offsets: tuple[int, ...], width: int) -> Tensor:

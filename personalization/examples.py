@@ -8,6 +8,7 @@ the newest last. Turns of others stay in a row as context, unlearned.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from personalization.history import Turn, effective, learned
 from personalization.prompt import Example, Renderer
@@ -54,6 +55,59 @@ def split(
         tuple(turn.id for turn in train),
         tuple(turn.id for turn in gate),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A person's turns cut by time. Each part but the last ends right before the next one's first learned
+    turn, so what was said between belongs to the older part; `history` + `gate` is what a service has seen
+    before `test` was said."""
+
+    history: list[Turn]
+    gate: list[Turn]
+    test: list[Turn]
+
+
+def cut_by_time(turns: Sequence[Turn], shares: tuple[float, float, float] = (0.7, 0.1, 0.2)) -> Parts:
+    """Cut so that the learned turns are shared out as `shares`, oldest first; rounded, but a part with a
+    share has at least one learned turn as long as there are three. Pure."""
+    said = sorted(turns, key=lambda turn: turn.at)
+    lessons = [place for place, turn in enumerate(said) if learned(turn)]
+    if len(lessons) < 3:
+        return Parts(said, [], [])
+    test = max(1, round(len(lessons) * shares[2]))
+    gate = max(1, round(len(lessons) * shares[1]))
+    first_test = lessons[-test]
+    first_gate = lessons[max(1, len(lessons) - test - gate)]
+    return Parts(said[:first_gate], said[first_gate:first_test], said[first_test:])
+
+
+def serving_rows(
+    before: Sequence[Turn],
+    judged: Sequence[Turn],
+    renderer: Renderer,
+    *,
+    reply_tokens: int = 256,
+    learn: Callable[[Turn], bool] = learned,
+) -> list[Example]:
+    """The turns of `judged` to learn, each behind the very window of earlier turns that serving would show
+    before it, leaving `reply_tokens` for the reply. The window's start stays where it is between two jumps,
+    so the turns between them share one row: at most context_length tokens, cut at its end."""
+    said = effective([*before, *judged])
+    wanted = {turn.id for turn in effective(list(judged)) if learn(turn)}
+    budget = max(1, renderer.context_length - reply_tokens - renderer.frame_cost)
+    starts = [0, *renderer.window_starts(said, budget)]  # starts[n]: of the window over said[:n]
+    rows: list[Example] = []
+    lessons = [place for place, turn in enumerate(said) if turn.id in wanted]
+    for start, group in groupby(lessons, key=lambda place: min(starts[place], place)):
+        here = list(group)
+        example = renderer.example(said[start : here[-1] + 1], _among({said[place].id for place in here}))
+        row = Example(
+            example.token_ids[: renderer.context_length], example.learn_mask[: renderer.context_length]
+        )
+        if any(row.learn_mask[1:]):
+            rows.append(row)
+    return rows
 
 
 def _rows(

@@ -59,6 +59,14 @@ def judge(
     fault = _fault(model, candidate, policy)
     if fault is not None:
         return Verdict(False, fault)
+    before, after = (token_losses(model, held_out, each) for each in (serving, candidate))
+    return weigh(held_out, before, after, policy)
+
+
+def weigh(
+    held_out: Sequence[Example], before: Sequence[Tensor], after: Sequence[Tensor], policy: GatePolicy
+) -> Verdict:
+    """The verdict on known losses: `before` and `after`, of each row, as `token_losses` gives them."""
     lengths = [_turn_lengths(example) for example in held_out]
     turns = sum(map(len, lengths))
     counted = {"turns": float(turns), "tokens": float(sum(map(sum, lengths)))}
@@ -66,11 +74,10 @@ def judge(
         return Verdict(
             False, f"too little to judge by: {turns} held-out turns of {policy.min_turns} needed", counted
         )
-    before, after = (_per_turn(token_losses(model, held_out, each), lengths) for each in (serving, candidate))
-    if not torch.isfinite(after).all():
+    if not all(losses.isfinite().all() for losses in after):
         return Verdict(False, "refused: its loss on held-out turns is not a finite number", counted)
     sizes = torch.tensor([size for row in lengths for size in row], dtype=torch.float64)
-    return _weigh(before, after, sizes, policy)
+    return _weigh(_per_turn(before, lengths), _per_turn(after, lengths), sizes, policy)
 
 
 def _weigh(before: Tensor, after: Tensor, sizes: Tensor, policy: GatePolicy) -> Verdict:

@@ -6,6 +6,7 @@ Keys beside SAQ's own: `attune:refresh:dead` (list of JSON, newest first), `attu
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -68,9 +69,10 @@ async def request_refresh(
     jobs: JobPolicy | None = None,
     scheduled: int = 0,
 ) -> Requested:
-    """Ask for a refresh of `user`; a second request while the first is under way joins it.
+    """Ask for a refresh of `user`; a second request while the first is under way joins it. One for now takes
+    the place of one for later that has not begun.
 
-    `reason`: asked | turns | nightly. `scheduled`: epoch seconds from when on it may run, 0 for now.
+    `reason`: asked | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0 for now.
     """
     jobs = jobs or JobPolicy()
     key, job_id = job_key(store, user), uuid.uuid4().hex
@@ -87,7 +89,12 @@ async def request_refresh(
         ttl=jobs.ttl,
         scheduled=scheduled,
     )
-    if await queue.enqueue(job) is not None:
+    queued = await queue.enqueue(job)
+    earlier = None if queued else await queue.job(key)
+    if earlier is not None and not scheduled and earlier.scheduled > time.time():
+        await queue.erase(key)
+        queued = await queue.enqueue(job)
+    if queued:
         await tell(store, job, {"state": "queued", "progress": 0.0})
         return Requested(job_id, "queued")
     earlier = await queue.job(key)

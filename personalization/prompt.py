@@ -124,7 +124,7 @@ class Renderer:
         said = effective([*(turn for turn in history if turn.id not in here), *current])
         limit = self.context_length - max_new_tokens
         tokens = 0
-        for start in self._window_starts(
+        for start in self._fitting_starts(
             said, limit - self.frame_cost - self._instruction_cost(instructions)
         ):
             shown = said[start:]
@@ -243,12 +243,13 @@ class Renderer:
             place += 1
         return place + 1 if place < len(ids) and ids[place] in self._special else past
 
-    def _window_starts(self, turns: Sequence[Turn], budget: int) -> list[int]:
-        """Where the window may begin, best first; see the top of this file. The costs are upper bounds, so
-        the first one nearly always fits; each one after it shows less."""
+    def window_starts(self, turns: Sequence[Turn], budget: int) -> list[int]:
+        """Where the window of turns[:n] begins if it may take `budget` tokens, for n = 1 .. len(turns); see
+        the top of this file. The costs are upper bounds, so what begins there nearly always fits."""
         upto = list(accumulate((self.cost(turn) for turn in turns), initial=0))  # upto[i]: cost of turns[:i]
         least, most = (part * budget for part in KEPT_AT_A_JUMP)
         start = 0
+        starts = []
         for end in range(1, len(turns) + 1):
             if upto[end] - upto[start] > budget:
                 users = [
@@ -263,6 +264,12 @@ class Renderer:
                     if enough
                     else min(users, default=newest)
                 )
+            starts.append(start)
+        return starts
+
+    def _fitting_starts(self, turns: Sequence[Turn], budget: int) -> list[int]:
+        """Where the window may begin, best first; each one after the first shows less."""
+        start = self.window_starts(turns, budget)[-1]
         later = [place for place in range(start + 1, len(turns) - 1) if turns[place].role == "user"]
         last = len(turns) - 1
         return list(dict.fromkeys([min(start, last), *later, last]))

@@ -25,6 +25,7 @@ import torch
 from engine.adapter_files import AdapterError, LoraWeights, read_adapter, version_folder, write_adapter
 from engine.model import ModelConfig
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
+from personalization.trial import ended
 
 META_FILE = "attune.json"
 _ASIDE = ".aside-"
@@ -64,17 +65,20 @@ class UnknownVersion(PublishError, LookupError):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a version comes from; attune.json beside the weights. `numbers` are the gate's, `turn_ids` what
-    it learned from, `seed` None for an imported one."""
+    """Where a version comes from; attune.json beside the weights. `parent` is the version it was carried on
+    from (0: none), `population` the population adapter that it began with (0: none), `numbers` are the
+    gate's, `turn_ids` what it learned from, `seed` None for an imported one."""
 
     base_model: str
     base_hash: str
     created_at: datetime
     reason: str
+    parent: int = 0
     examples: int = 0
     turn_ids: tuple[str, ...] = ()
     numbers: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    population: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,43 +99,60 @@ class Shelf:
 
 
 async def publish(
-    shelf: Shelf, store: Store, user: str, weights: LoraWeights, origin: Origin, parent: Pointer
+    shelf: Shelf,
+    store: Store,
+    user: str,
+    weights: LoraWeights,
+    origin: Origin,
+    before: Pointer,
+    *,
+    share: float = 0.0,
 ) -> int:
-    """Make `weights` the person's next version, if `parent` still serves. Returns its number.
+    """Make `weights` the person's next version, if the one of `before` still serves. Returns its number.
+    `share` above 0: it answers so many of their replies on trial, until what they say of those decides
+    (`trial.py`). A trial that is under way is over.
 
     Raises DiskFull, AdapterError (the weights are not fit to be served), Superseded, HistoryForgotten.
     """
     _check_room(shelf)
-    version = await store.next_version(user, epoch=parent.epoch)
+    version = await store.next_version(user, epoch=before.epoch)
     folder = version_folder(shelf.root, store.adapter_id(user), version)
-    meta = _meta(version, parent.version, origin)
-    await asyncio.to_thread(_place, folder, weights, meta, shelf.config)
-    if not await store.compare_and_set(user, parent.version, version, epoch=parent.epoch):
+    meta = _meta(version, origin)
+    await asyncio.to_thread(place, folder, weights, meta, shelf.config)
+    end = None if before.trial is None else ended(before, "replaced", origin.created_at)
+    if share:
+        moved = await store.begin_trial(user, before.version, version, share, epoch=before.epoch, end=end)
+    else:
+        moved = await store.compare_and_set(user, before.version, version, epoch=before.epoch, end=end)
+    if not moved:
         await asyncio.to_thread(_take_away, folder)
-        if (await store.pointer(user)).epoch != parent.epoch:
+        if (await store.pointer(user)).epoch != before.epoch:
             raise HistoryForgotten(user)
-        raise Superseded(parent.version)
+        raise Superseded(before.version)
     try:
         # After the pointer, so that whoever lost leaves no record; `tidy` makes up for a crash right here.
-        await store.add_version(user, _record(version, meta), epoch=parent.epoch)
+        await store.add_version(user, _record(version, meta), epoch=before.epoch)
     except HistoryForgotten:
         await asyncio.to_thread(_take_away, folder)
         raise
     return version
 
 
-async def note_refusal(store: Store, user: str, origin: Origin, parent: Pointer) -> int:
+async def note_refusal(store: Store, user: str, origin: Origin, before: Pointer) -> int:
     """Keep the numbers of a candidate that the gate refused; it gets a number but no folder."""
-    version = await store.next_version(user, epoch=parent.epoch)
-    meta = _meta(version, parent.version, origin)
-    await store.add_version(user, _record(version, meta, accepted=False), epoch=parent.epoch)
+    version = await store.next_version(user, epoch=before.epoch)
+    meta = _meta(version, origin)
+    await store.add_version(user, _record(version, meta, accepted=False), epoch=before.epoch)
     return version
 
 
-async def rollback(shelf: Shelf, store: Store, user: str, version: int) -> Pointer:
-    """Let `version` (0: the bare base) serve again; returns the pointer as it was. Raises UnknownVersion,
-    AdapterError, Superseded."""
-    before = await store.pointer(user)
+async def rollback(
+    shelf: Shelf, store: Store, user: str, version: int, *, before: Pointer | None = None
+) -> Pointer:
+    """Let `version` (0: the bare base) serve again, if the one of `before` (None: whichever) still does;
+    returns the pointer as it was. A trial is over by it, in favour of its version if that is the one.
+    Raises UnknownVersion, AdapterError, Superseded."""
+    before = before or await store.pointer(user)
     if version != 0:
         record = next((each for each in await store.versions(user) if each.version == version), None)
         if record is None or not record.accepted:
@@ -140,7 +161,8 @@ async def rollback(shelf: Shelf, store: Store, user: str, version: int) -> Point
         if not folder.is_dir():
             raise UnknownVersion(version, "its files are gone")
         await asyncio.to_thread(read_adapter, folder, shelf.config)
-    if not await store.compare_and_set(user, before.version, version, epoch=before.epoch):
+    end = None if before.trial is None else ended(before, "by hand", datetime.now(UTC))
+    if not await store.compare_and_set(user, before.version, version, epoch=before.epoch, end=end):
         raise Superseded(before.version)
     return before
 
@@ -150,10 +172,10 @@ async def import_adapter(
 ) -> int:
     """Publish any PEFT LoRA folder as the person's next version; the gate is not asked. Raises AdapterError,
     DiskFull, Superseded."""
-    parent = await store.pointer(user)
+    before = await store.pointer(user)
     weights = await asyncio.to_thread(read_adapter, folder, shelf.config)
     origin = Origin(base_model, base_hash, datetime.now(UTC), f"imported from {folder.name}")
-    return await publish(shelf, store, user, weights, origin, parent)
+    return await publish(shelf, store, user, weights, origin, before)
 
 
 def remove_versions(root: Path, adapter_id: str) -> Removed:
@@ -213,11 +235,10 @@ def _check_room(shelf: Shelf) -> None:
         raise DiskFull(shelf.free_bytes_floor, free)
 
 
-def _meta(version: int, parent: int, origin: Origin) -> dict[str, Any]:
+def _meta(version: int, origin: Origin) -> dict[str, Any]:
     return {
         **asdict(origin),
         "version": version,
-        "parent": parent,
         "created_at": origin.created_at.isoformat(),
         "turn_ids": list(origin.turn_ids),
     }
@@ -233,11 +254,12 @@ def _record(version: int, meta: dict[str, Any], *, accepted: bool = True) -> Ver
         numbers=meta["numbers"],
         examples=meta["examples"],
         turn_ids=tuple(meta["turn_ids"]),
+        population=meta["population"],
     )
 
 
-def _place(folder: Path, weights: LoraWeights, meta: dict[str, Any], config: ModelConfig) -> None:
-    """Write a version beside its place, make sure of it, and rename it there."""
+def place(folder: Path, weights: LoraWeights, meta: dict[str, Any], config: ModelConfig) -> None:
+    """Write an adapter beside its place, make sure of it, and rename it there."""
     aside = folder.parent / f"{_ASIDE}{uuid.uuid4().hex}"
     aside.mkdir(mode=0o700, parents=True)
     try:

@@ -1,6 +1,10 @@
 """One refresh, from a person's turns to the version that answers next:
 store → examples → train → gate → publish.
 
+It starts from the serving version, unless the person has since taken out a turn that this one learned from:
+then from the newest version that has not seen such a turn (see `lineage.py`), and the serving one is left
+whatever the gate says.
+
 Many people share one training batch. Each one's end is their own: a history that cannot be read or a full
 disk fails that person and nobody else.
 """
@@ -8,23 +12,38 @@ disk fails that person and nobody else.
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.adapter_files import version_folder
+from personalization import lineage
 from personalization.examples import split
 from personalization.gate import GatePolicy
 from personalization.history import Turn, learned
+from personalization.population import newest
 from personalization.prompt import Example, Renderer
-from personalization.publish import Origin, Shelf, Superseded, note_refusal, publish
+from personalization.publish import (
+    AdapterError,
+    Origin,
+    Shelf,
+    Superseded,
+    UnknownVersion,
+    note_refusal,
+    publish,
+    rollback,
+)
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.train import Recipe
 from personalization.trainer import Judged, Judging, Progress, Task, Trainer
+from personalization.trial import ended
+from personalization.when import EXPECTED, curve
 
 _Result = TypeVar("_Result")
+PREPARED_AT_ONCE = 8
 
 # (user, message): what a refresh has to say of one person, a state of the wire and its fields.
 Say = Callable[[str, dict[str, Any]], Awaitable[None]]
@@ -33,23 +52,23 @@ End = Callable[["Outcome"], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class RefreshPolicy:
-    """When and how to learn. Turns are learned turns.
+    """How to learn. Turns are learned turns.
 
     minimum_turns   before that many there is no adapter: context alone serves better
-    auto_after      new turns that start a refresh by themselves; 0: never
     gate_fraction   of the newest turns, held out for the gate
     gate_tokens     of a gate row, most of it the context before the turns that are judged
     row_tokens      most tokens of a training row: whole conversations, as an adapter adds to their context
     most_turns      the newest turns that are trained on; further back a history pays less than it costs
+    trial_share     of the replies, that a new version answers on trial at first; 0: all of them at once
     replay          tokens of older turns trained with each token of new ones, when a version is carried on
     """
 
     minimum_turns: int = 50
-    auto_after: int = 50
     gate_fraction: float = 0.1
     gate_tokens: int = 1024
     row_tokens: int = 512
     most_turns: int = 400
+    trial_share: float = 0.0
     replay: float = 1.0
     recipe: Recipe = field(default_factory=Recipe)
     gate: GatePolicy = field(default_factory=GatePolicy)
@@ -62,6 +81,7 @@ class Outcome:
     user: str
     state: str  # completed | failed | forgotten
     published: bool = False
+    trial: bool = False
     before: int = 0
     after: int = 0
     reason: str = ""
@@ -78,6 +98,7 @@ class Outcome:
                 "from": self.before,
                 "to": self.after,
                 "published": self.published,
+                "trial": self.trial,
                 "numbers": self.numbers,
                 "reason": self.reason,
             }
@@ -86,7 +107,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What a refresh works with."""
+    """What a refresh works with. `population`: where population adapters are kept."""
 
     store: Store
     shelf: Shelf
@@ -95,15 +116,19 @@ class Kit:
     policy: RefreshPolicy
     model_name: str
     clock: Callable[[], datetime]
+    population: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     user: str
     pointer: Pointer
+    start: int  # the version that is carried on; another than the pointer's when that one is marked
+    population: int  # the population adapter to begin with where no version is carried on
     task: Task
     trained_turns: tuple[str, ...]
     all_turns: tuple[str, ...]
+    expected_gain: float
 
 
 async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: bool = False) -> None:
@@ -113,8 +138,7 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: 
     Raises TrainerDied when the batch broke off; those who have not come to an end then were not changed.
     """
     prepared: dict[str, _Prepared] = {}
-    for user in users:
-        got = await _attempt(user, _prepare(user, kit))
+    for user, got in zip(users, await _each(users, lambda user: _prepare(user, kit)), strict=True):
         if isinstance(got, Outcome):
             await end(got)
         else:
@@ -139,6 +163,17 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: 
                 await end(await _attempt(each.user, _conclude(each, event, kit)))
 
 
+async def _each(users: Sequence[str], work: Callable[[str], Awaitable[_Result]]) -> list[_Result | Outcome]:
+    """Everyone's part of the work, some side by side: the tokenizer leaves Python's lock alone."""
+    room = asyncio.Semaphore(PREPARED_AT_ONCE)
+
+    async def one(user: str) -> _Result | Outcome:
+        async with room:
+            return await _attempt(user, work(user))
+
+    return list(await asyncio.gather(*map(one, users)))
+
+
 async def _attempt(user: str, work: Awaitable[_Result]) -> _Result | Outcome:
     """Do one person's part of the work; what goes wrong is theirs alone."""
     try:
@@ -154,64 +189,95 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     pointer = await kit.store.pointer(user)
     turns = await kit.store.turns(user)
     records = await kit.store.versions(user)
-    lesson = await asyncio.to_thread(choose, turns, records, pointer.version, kit.renderer, kit.policy)
+    learnable = {turn.id for turn in turns if learned(turn)}
+    start = lineage.start(records, learnable, pointer.version)
+    if pointer.trial is not None and pointer.trial.version in lineage.marks(records, learnable):
+        await kit.store.end_trial(user, ended(pointer, "taken out", kit.clock()), epoch=pointer.epoch)
+        pointer = replace(pointer, trial=None)
+    lesson = await asyncio.to_thread(choose, turns, records, start, kit.renderer, kit.policy)
     found, needed = len(lesson.all_turns), kit.policy.minimum_turns
     if found < needed:
+        reason = f"not enough turns yet: {found} of {needed} to learn from"
+        if start != pointer.version:
+            return await _leave(user, pointer, start, kit, reason)
         return Outcome(
             user,
             "failed",
             before=pointer.version,
             after=pointer.version,
-            reason=f"not enough turns yet: {found} of {needed} to learn from",
+            reason=reason,
             code="not_enough_turns",
         )
     if not lesson.train:
         await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
-        return Outcome(
-            user,
-            "completed",
-            before=pointer.version,
-            after=pointer.version,
-            reason=f"nothing new to learn since version {pointer.version}",
-        )
+        reason = f"nothing new to learn since version {start}"
+        if start != pointer.version:
+            return await _leave(user, pointer, start, kit, reason)
+        return Outcome(user, "completed", before=start, after=start, reason=reason)
     adapter_id = kit.store.adapter_id(user)
+    population, shared = newest(kit.population)
     task = Task(
         id=adapter_id,
         train=lesson.train,
         gate=lesson.gate,
-        serving=version_folder(kit.shelf.root, adapter_id, pointer.version) if pointer.version else None,
+        serving=version_folder(kit.shelf.root, adapter_id, start) if start else None,
         seed=_seed(adapter_id, pointer),
+        start=shared if start == 0 else None,
     )
-    return _Prepared(user, pointer, task, lesson.trained_turns, lesson.all_turns)
+    known = len(lineage.seen(records, start).intersection(lesson.all_turns))
+    expected = curve(len(lesson.all_turns)) - curve(known)
+    return _Prepared(user, pointer, start, population, task, lesson.trained_turns, lesson.all_turns, expected)
+
+
+async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:
+    """Nothing better came of it, but the serving version has seen what it should not: `start` answers
+    again, or the base should its files be gone."""
+    try:
+        await rollback(kit.shelf, kit.store, user, start, before=pointer)
+    except (UnknownVersion, AdapterError):
+        start = 0
+        await rollback(kit.shelf, kit.store, user, start, before=pointer)
+    instead = f"version {start}" if start else "the base model"
+    left = f"version {pointer.version} had learned from turns since taken out, {instead} answers again"
+    return Outcome(
+        user, "completed", before=pointer.version, after=start, reason=f"{left}; {reason}", code="left"
+    )
 
 
 async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
     """Publish what the gate accepted, keep the numbers of what it refused."""
     user, pointer, verdict = prepared.user, prepared.pointer, judged.verdict
-    numbers = judged.numbers | verdict.numbers
+    numbers = judged.numbers | verdict.numbers | {EXPECTED: prepared.expected_gain}
     origin = Origin(
         base_model=kit.model_name,
         base_hash=judged.base_hash,
         created_at=kit.clock(),
         reason=verdict.reason,
+        parent=prepared.start,
         examples=len(prepared.task.train),
         turn_ids=prepared.trained_turns,
         numbers=numbers,
         seed=prepared.task.seed,
+        population=prepared.population if judged.began else 0,
     )
     after, reason = pointer.version, verdict.reason
+    # What the person wants gone does not answer beside the new version, not even for a while.
+    share = kit.policy.trial_share if prepared.start == pointer.version else 0.0
     if verdict.accepted:
         try:
-            after = await publish(kit.shelf, kit.store, user, judged.weights, origin, pointer)
+            after = await publish(kit.shelf, kit.store, user, judged.weights, origin, pointer, share=share)
         except Superseded as error:
             after, reason = (await kit.store.pointer(user)).version, str(error)
     else:
         await note_refusal(kit.store, user, origin, pointer)
     await kit.store.mark_refreshed(user, prepared.all_turns, epoch=pointer.epoch)
+    if not verdict.accepted and prepared.start != pointer.version:
+        return replace(await _leave(user, pointer, prepared.start, kit, verdict.reason), numbers=numbers)
     return Outcome(
         user,
         "completed",
         published=verdict.accepted and reason == verdict.reason,
+        trial=verdict.accepted and reason == verdict.reason and share > 0,
         before=pointer.version,
         after=after,
         reason=reason,
@@ -232,12 +298,13 @@ class Lesson:
 def choose(
     turns: Sequence[Turn],
     records: Sequence[VersionRecord],
-    serving: int,
+    start: int,
     renderer: Renderer,
     policy: RefreshPolicy,
 ) -> Lesson:
-    """What the next version learns: all turns that the serving version and its ancestors never saw, and for
-    each token of those `replay` tokens of rows of the older ones, drawn at random. Pure."""
+    """What the next version, carried on from `start`, learns: all turns that this one and its ancestors never
+    saw, and for each token of those `replay` tokens of rows of the older ones, drawn at random. A turn that
+    the person took out is in no row, not even as context. Pure."""
     gate_tokens = min(policy.gate_tokens, renderer.context_length)
     whole = split(
         turns,
@@ -247,11 +314,11 @@ def choose(
         gate_fraction=policy.gate_fraction,
     )
     trained = whole.train_turns[-policy.most_turns :]
-    old, new = _by_age(turns, set(trained), _seen(records, serving))
+    old, new = _by_age(turns, set(trained), lineage.seen(records, start))
     train = _rows(new, renderer, policy)
     room = policy.replay * sum(len(row.token_ids) for row in train)
     replayed = _rows(old, renderer, policy) if room else []
-    random.Random(serving).shuffle(replayed)
+    random.Random(start).shuffle(replayed)
     for row in replayed:
         if room <= 0:
             break
@@ -260,23 +327,17 @@ def choose(
     return Lesson(train, whole.gate, trained, (*whole.train_turns, *whole.gate_turns))
 
 
-def _seen(records: Sequence[VersionRecord], serving: int) -> set[str]:
-    """The turns that the serving version or one it was carried on from was trained on."""
-    by_version = {record.version: record for record in records}
-    seen: set[str] = set()
-    while (record := by_version.pop(serving, None)) is not None:
-        seen.update(record.turn_ids)
-        serving = record.parent
-    return seen
-
-
-def _by_age(turns: Sequence[Turn], trainable: set[str], seen: set[str]) -> tuple[list[Turn], list[Turn]]:
+def _by_age(
+    turns: Sequence[Turn], trainable: set[str], seen: Collection[str]
+) -> tuple[list[Turn], list[Turn]]:
     """Trainable turns that were seen and that were not, each with the unlearned turns that follow it, which
     are its context. Turns held out, and what follows them, are in neither."""
     old: list[Turn] = []
     new: list[Turn] = []
     place: list[Turn] | None = new if not seen else old
     for turn in sorted(turns, key=lambda turn: turn.at):
+        if turn.removed:
+            continue
         if learned(turn):
             if turn.id not in trainable:
                 place = None

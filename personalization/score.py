@@ -9,8 +9,13 @@ from engine.adapter_files import LoraWeights
 from engine.model import GROUP_MODULES, ModelConfig, module_shape
 from engine.weights import LoadedModel
 from personalization.prompt import Example
+from personalization.stack import AdapterShape, FixedStack
 
 _HEAD_ROWS = 128
+# Tokens of one batch of `losses_of_many`: enough for full speed, and the logits of 512 MB at 8k words.
+_BATCH_TOKENS = 2048
+_DEVICE_BATCH_TOKENS = 32_768
+_DEVICE_HEAD_BYTES = 512 << 20
 
 
 class FixedAdapter:
@@ -39,26 +44,6 @@ class FixedAdapter:
         return y
 
 
-class _Causal:
-    """Attention of one whole sequence; an `Attend`."""
-
-    def __init__(self, config: ModelConfig, length: int, device: torch.device) -> None:
-        at = torch.arange(length, device=device)
-        self._ages = at[:, None] - at
-        self._config = config
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        window = self._config.window(layer)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        mask = None
-        if window is not None and window < len(self._ages):
-            mask = (self._ages >= 0) & (self._ages < window)
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        return mixed[0].transpose(0, 1)
-
-
 @torch.inference_mode()
 def token_losses(
     model: LoadedModel, examples: Sequence[Example], adapter: LoraWeights | None
@@ -75,7 +60,7 @@ def token_losses(
         ids = torch.tensor(example.token_ids, device=device)
         learned = torch.tensor(example.learn_mask, device=device)[1:].nonzero()[:, 0]
         hidden = decoder(
-            ids, torch.arange(len(ids), device=device), _Causal(model.config, len(ids), device), lora
+            ids, torch.arange(len(ids), device=device), _CausalRows(model.config, 1, len(ids), device), lora
         )[learned]
         targets = ids[1:][learned]
         losses = [
@@ -88,3 +73,88 @@ def token_losses(
         ]
         found.append(torch.cat(losses).cpu() if losses else torch.empty(0))
     return found
+
+
+@torch.inference_mode()
+def losses_of_many(
+    model: LoadedModel,
+    asked: Sequence[tuple[LoraWeights | None, Sequence[Example]]],
+) -> list[list[Tensor]]:
+    """`token_losses` of many adapters at once, each on its own examples: rows of different adapters share a
+    batch. An adapter given several times is laid out once. What it gives for a row does not depend on the
+    company, up to rounding."""
+    decoder, config = model.decoder, model.config
+    device, dtype = decoder.embed.device, decoder.embed.dtype
+    adapters = {id(adapter): adapter for adapter, _ in asked}
+    modules = sorted({m.module for each in adapters.values() if each is not None for m in each.modules})
+    rank = max((m.rank for each in adapters.values() if each is not None for m in each.modules), default=1)
+    shape = AdapterShape(config, modules, rank, float(rank))
+    places = {key: place for place, key in enumerate(adapters)}
+    rows = torch.empty(len(adapters), shape.size, dtype=dtype, device=device)
+    for key, place in places.items():
+        rows[place] = shape.row(adapters[key], None).to(device, dtype)
+
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(examples) for _, examples in asked]
+    todo = [
+        (person, number, example)
+        for person, (_, examples) in enumerate(asked)
+        for number, example in enumerate(examples)
+    ]
+    todo.sort(key=lambda each: -len(each[2].token_ids))
+    limit = _DEVICE_BATCH_TOKENS if decoder.embed.is_cuda else _BATCH_TOKENS
+    while todo:
+        length = len(todo[0][2].token_ids)
+        batch, todo = todo[: max(1, limit // length)], todo[max(1, limit // length) :]
+        chosen = torch.tensor([places[id(asked[person][0])] for person, _, _ in batch], device=device)
+        losses = _batch_losses(model, FixedStack(shape, rows[chosen]), [row for _, _, row in batch], length)
+        for (person, number, _), each in zip(batch, losses, strict=True):
+            found[person][number] = each
+    return found
+
+
+def _batch_losses(
+    model: LoadedModel, lora: FixedStack, examples: Sequence[Example], length: int
+) -> list[Tensor]:
+    """Each example in a row of `length`, filled up at its end, where nothing is asked."""
+    decoder = model.decoder
+    device = decoder.embed.device
+    ids = torch.zeros(len(examples), length, dtype=torch.int64)
+    learned = torch.zeros(len(examples), length, dtype=torch.bool)
+    for place, example in enumerate(examples):
+        ids[place, : len(example.token_ids)] = torch.tensor(example.token_ids)
+        learned[place, : len(example.token_ids)] = torch.tensor(example.learn_mask)
+    learned[:, 0] = False
+    at = learned.flatten().nonzero()[:, 0]
+    targets = ids.flatten()[at].to(device)
+    positions = torch.arange(length, device=device).repeat(len(examples))
+    attend = _CausalRows(model.config, len(examples), length, device)
+    hidden = decoder(ids.flatten().to(device), positions, attend, lora)[(at - 1).to(device)]
+    size = _HEAD_ROWS if not hidden.is_cuda else _DEVICE_HEAD_BYTES // (4 * model.config.vocab_size)
+    losses = [
+        torch.nn.functional.cross_entropy(
+            decoder.logits(hidden[begin : begin + size]), targets[begin : begin + size], reduction="none"
+        )
+        for begin in range(0, len(targets), size)
+    ]
+    flat = torch.cat(losses).cpu() if losses else torch.empty(0)
+    return list(torch.split(flat, learned.sum(1).tolist()))
+
+
+class _CausalRows:
+    """Attention of B sequences of one length, each in itself; an `Attend`."""
+
+    def __init__(self, config: ModelConfig, rows: int, length: int, device: torch.device) -> None:
+        at = torch.arange(length, device=device)
+        self._ages = at[:, None] - at
+        self._config, self._rows = config, rows
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = self._config.window(layer)
+        mask = None
+        if window is not None and window < len(self._ages):
+            mask = (self._ages >= 0) & (self._ages < window)
+        q, k, v = (x.view(self._rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return mixed.transpose(1, 2).flatten(0, 1)

@@ -19,6 +19,8 @@ from torch import Tensor
 from engine.adapter_files import LoraModule, LoraWeights
 from engine.model import GROUP_MODULES, GROUPS, MODULES, ModelConfig, module_shape
 
+_EPS = 1e-8
+
 Context = Any  # torch's own type of a Function's context lacks what a Function may do with it
 
 
@@ -85,18 +87,20 @@ class AdapterShape:
         self.size = b_start
         return _Slot(layer, group, tuple(blocks), len(chosen) * self.rank, in_features, column)
 
-    def row(self, start: LoraWeights | None, generator: torch.Generator) -> Tensor:
+    def row(self, start: LoraWeights | None, generator: torch.Generator | None) -> Tensor:
         """A person's starting row [size]: A uniform within 1/sqrt(in), B zero, or what `start` has of both.
 
         A module of `start` with another rank is cut to its closest adapter of this rank, or filled up.
+        Without a generator what `start` lacks is zero: a row to predict with, not to begin from.
         """
         given = {} if start is None else {(m.layer, m.module): m for m in start.modules}
         row = torch.zeros(self.size)
         for slot in self.slots:
             for block in slot.blocks:
                 a, b = self._views(row, block)
-                bound = block.in_features**-0.5
-                a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
+                if generator is not None:
+                    bound = block.in_features**-0.5
+                    a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
                 module = given.get((slot.layer, block.module))
                 if module is not None:
                     fitted_a, fitted_b = _fitted(module, self.rank, self.scale)
@@ -142,6 +146,31 @@ def _fitted(module: LoraModule, rank: int, scale: float) -> tuple[Tensor, Tensor
     return a, b.t()
 
 
+class FixedStack:
+    """U adapters that do not change; a `Lora` that predicts. rows [U, P], in the type of the products."""
+
+    def __init__(self, shape: AdapterShape, rows: Tensor) -> None:
+        self._scale = shape.scale
+        self._views = {}
+        for slot in shape.slots:
+            first = slot.blocks[0]
+            flat = rows[:, first.a_start : first.a_start + slot.rank_rows * slot.in_features]
+            b = shape._views(rows, first)[1]
+            if not slot.whole:
+                b = rows.new_zeros(len(rows), slot.rank_rows, slot.out_features)
+                for block in slot.blocks:
+                    place = slice(block.first_rank_row, block.first_rank_row + shape.rank)
+                    columns = slice(block.first_column, block.first_column + block.out_features)
+                    b[:, place, columns] = shape._views(rows, block)[1]
+            self._views[slot.layer, slot.group] = _split_last(flat, slot.rank_rows), b
+
+    def __call__(self, layer: int, group: str, x: Tensor, y: Tensor) -> Tensor:
+        """x [U*S, in], y [U*S, out], both grouped by person -> y + delta, in place."""
+        if (layer, group) not in self._views:
+            return y
+        return _add_delta(x, y, *self._views[layer, group], self._scale)[0]
+
+
 class AdapterStack:
     """U rows of weights, their gradients and their Adam moments; the `Lora` that training gives the model.
 
@@ -150,14 +179,21 @@ class AdapterStack:
     """
 
     def __init__(
-        self, shape: AdapterShape, rows: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        shape: AdapterShape,
+        rows: Sequence[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        pulled: bool = False,
     ) -> None:
         self.shape = shape
         self.rows = torch.stack(list(rows)).to(device)  # [U, P]
+        self._starts = self.rows.clone() if pulled else None
         self._first_moment = torch.zeros_like(self.rows)
         self._second_moment = torch.zeros_like(self.rows)
         self._gradient = torch.zeros_like(self.rows)
-        self._steps = [torch.zeros((), device=device) for _ in rows]
+        self._steps = 0
         same = dtype == self.rows.dtype
         self._working = self.rows if same else self.rows.to(dtype)
         self._working_gradient = self._gradient if same else self._gradient.to(dtype)
@@ -233,35 +269,73 @@ class AdapterStack:
         norms: Tensor = torch.linalg.vector_norm(self._gradient[: self.people], dim=1)
         return norms
 
-    def update(self, rates: Sequence[float], divide_by: Tensor, betas: tuple[float, float]) -> None:
-        """One AdamW step for each person u with rates[u] > 0, on gradient[u] / divide_by[u].
+    def update(
+        self,
+        rates: Sequence[float],
+        divide_by: Tensor,
+        sound: Tensor,
+        betas: tuple[float, float],
+        pulls: Sequence[float] | None = None,
+    ) -> None:
+        """One AdamW step for each person u with rates[u] > 0 and sound[u], on gradient[u] / divide_by[u].
 
-        Each person has their own rate and step count, which no fused kernel takes as a column; one call per
-        person works on a piece of memory that fits the cache, and is as fast.
+        With g the gradient so divided and t the number of this step, elementwise:
+        m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g², w -= rate (pull (w - start) + (m / (1 - b1^t)) /
+        (sqrt(v / (1 - b2^t)) + 1e-8)) (Loshchilov and Hutter, 2019, with `start` in the place of zero).
+        divide_by [U] float32, sound [U] bool, both on the stack's device. Whoever takes no step here may not
+        take one later: the count of steps is the stack's.
         """
-        for person, rate in enumerate(rates):
-            if rate <= 0:
+        self._steps += 1
+        if self._starts is not None and pulls is not None:
+            drawn = torch.tensor([rate * pull for rate, pull in zip(rates, pulls, strict=True)])
+            drawn = drawn.to(self.rows.device, non_blocking=True) * sound
+            self.rows[: self.people].lerp_(self._starts[: self.people], drawn[:, None])
+        if self.rows.is_cuda:
+            self._update_all(rates, divide_by, sound, betas)
+        else:
+            self._update_each(rates, divide_by, sound, betas)
+        if self._working is not self.rows:
+            self._working[: self.people].copy_(self.rows[: self.people])
+        self._fill_dense()
+
+    def _update_each(
+        self, rates: Sequence[float], divide_by: Tensor, sound: Tensor, betas: tuple[float, float]
+    ) -> None:
+        """No fused kernel takes a column of rates; one call per person works on a piece of memory that fits
+        the cache, and is as fast."""
+        for person, (rate, fit) in enumerate(zip(rates, sound.tolist(), strict=True)):
+            if rate <= 0 or not fit:
                 continue
-            self._steps[person] += 1
             torch._fused_adamw_(
                 [self.rows[person]],
                 [self._gradient[person]],
                 [self._first_moment[person]],
                 [self._second_moment[person]],
                 [],
-                [self._steps[person]],
+                [torch.tensor(float(self._steps))],
                 lr=rate,
                 beta1=betas[0],
                 beta2=betas[1],
                 weight_decay=0.0,
-                eps=1e-8,
+                eps=_EPS,
                 amsgrad=False,
                 maximize=False,
                 grad_scale=divide_by[person],
             )
-        if self._working is not self.rows:
-            self._working[: self.people].copy_(self.rows[: self.people])
-        self._fill_dense()
+
+    def _update_all(
+        self, rates: Sequence[float], divide_by: Tensor, sound: Tensor, betas: tuple[float, float]
+    ) -> None:
+        """Everyone in the same few operations. Nothing is read back from the device."""
+        everything = (self.rows, self._gradient, self._first_moment, self._second_moment)
+        rows, gradient, first, second = (stack[: self.people] for stack in everything)
+        rate = torch.tensor(rates).pin_memory().to(rows.device, non_blocking=True) * sound
+        g = torch.where(sound[:, None], gradient, 0.0).div_(divide_by[:, None])
+        first.lerp_(g, 1 - betas[0])
+        second.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        size = torch.div(second, 1 - betas[1] ** self._steps, out=g).sqrt_().add_(_EPS)
+        step = torch.div(first, size, out=size).mul_((rate / (1 - betas[0] ** self._steps))[:, None])
+        rows.sub_(step)
 
 
 def _add_delta(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,6 +407,8 @@ class RowAttention:
         if window not in self._masks:
             self._masks[window] = self._mask(window)
         mask = self._masks[window]
+        if q.is_cuda:
+            return _attend_tiles(q, k, v, mask)
         if not torch.is_grad_enabled():
             return _attend_rows(q, k, v, mask)[0]
         out: Tensor = _Attend.apply(q, k, v, mask)  # type: ignore[no-untyped-call]
@@ -348,6 +424,19 @@ class RowAttention:
         seen |= at[:, None] == at
         mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         return mask[:, None, None]
+
+
+def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What `_attend_rows` gives, by torch's own kernel: on a GPU the scores of long rows had better never be
+    written to memory. That kernel takes a mask only where every query head has a K/V head of its own."""
+    people, length = mask.shape[0], mask.shape[-1]
+    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    q, k, v = (x.view(people, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask[:, 0].expand(-1, heads, -1, -1)
+    )
+    return mixed.transpose(1, 2).reshape(people * length, heads, -1)
 
 
 def _attend_rows(

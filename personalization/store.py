@@ -42,11 +42,15 @@ from personalization.store_records import (
     LeaseLost,
     Pointer,
     ResponseRecord,
+    Standing,
     StoreError,
     StoreUnavailable,
+    Trial,
+    TrialEnd,
     UnknownResponse,
     UnknownTurn,
     VersionRecord,
+    Votes,
 )
 
 __all__ = [
@@ -58,12 +62,16 @@ __all__ = [
     "LeaseLost",
     "Pointer",
     "ResponseRecord",
+    "Standing",
     "Store",
     "StoreError",
     "StoreUnavailable",
+    "Trial",
+    "TrialEnd",
     "UnknownResponse",
     "UnknownTurn",
     "VersionRecord",
+    "Votes",
     "connect",
 ]
 
@@ -141,6 +149,10 @@ class Store:
             return []
         return await self._read_turns(user, self._redis.zrange(self._key(user, "order"), -limit, -1))
 
+    async def turns_named(self, user: str, turn_ids: Sequence[str]) -> list[Turn]:
+        """Those of the turns that there are, in the order of their names."""
+        return await self._join_turns(user, [turn_id.encode() for turn_id in turn_ids])
+
     async def conversation(self, user: str, conversation_id: str) -> list[Turn]:
         """One conversation, oldest first; empty if there is none of that name."""
         key = self._key(user, lua.CONVERSATION_PART + conversation_id)
@@ -207,9 +219,55 @@ class Store:
         """How many turns there are to learn from."""
         return int(await self._ask(self._redis.scard(self._key(user, "learned"))))
 
+    async def learned_ids(self, user: str) -> set[str]:
+        """The ids of the turns to learn from."""
+        ids = await self._ask(self._redis.smembers(self._key(user, "learned")))
+        return {turn_id.decode() for turn_id in ids}
+
     async def learned_since_refresh(self, user: str) -> int:
         """How many of them no refresh has seen."""
         return int(await self._ask(self._redis.scard(self._key(user, "fresh"))))
+
+    async def standing(self, user: str) -> Standing:
+        """What decides when the next refresh pays (see `when.py`); cheap enough to ask after each reply."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.scard(self._key(user, "learned"))
+        pipe.scard(self._key(user, "fresh"))
+        pipe.hget(self._life(user), "version")
+        pipe.hmget(self._key(user, "pointer"), ["version", "trial"])
+        learned, fresh, newest, (serving, tried) = await self._ask(pipe.execute())
+        named = [newest or b"0", serving or b"0", tried or b"0"]
+        bodies = await self._ask(self._redis.hmget(self._key(user, "versions"), named))
+        last, *answering = (
+            None if body is None else _read_version(int(version), body)
+            for version, body in zip(named, bodies, strict=True)
+        )
+        seen = [turn_id for record in answering if record is not None for turn_id in record.turn_ids]
+        marked = False
+        if seen:
+            marked = not all(await self._ask(self._redis.smismember(self._key(user, "learned"), seen)))
+        return Standing(learned, fresh, last, marked, trial=tried is not None)
+
+    async def votes(self, user: str) -> dict[int, Votes]:
+        """What the person said of the replies of each version."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self._key(user, "ratings"))
+        pipe.hkeys(self._key(user, "corrections"))
+        ratings, corrected = await self._ask(pipe.execute())
+        turns = await self._join_turns(user, list({*ratings, *corrected}))
+        wrong = {turn_id.decode() for turn_id in corrected}
+        counts: dict[int, list[int]] = {}
+        for turn in turns:
+            if turn.author == "model" and turn.version is not None:
+                down = turn.id in wrong or turn.rating == "down"
+                counts.setdefault(turn.version, [0, 0])[down] += 1
+        return {version: Votes(up, down) for version, (up, down) in counts.items()}
+
+    async def replies_by(self, user: str, version: int, *, since: datetime) -> int:
+        """How many replies that version wrote from `since` on."""
+        newer = self._redis.zrange(self._key(user, "order"), _to_micros(since), "+inf", byscore=True)
+        turns = await self._read_turns(user, newer)
+        return sum(turn.author == "model" and turn.version == version for turn in turns)
 
     async def mark_refreshed(self, user: str, turn_ids: Iterable[str], *, epoch: int | None = None) -> None:
         """A refresh has seen these turns, whether the gate then accepted its result or not."""
@@ -233,15 +291,28 @@ class Store:
     async def pointer(self, user: str) -> Pointer:
         pipe = self._redis.pipeline(transaction=False)
         pipe.hget(self._life(user), "epoch")  # first: a forget in between makes it too old, never too new
-        pipe.hmget(self._key(user, "pointer"), ["version", "updated_at"])
-        epoch, (version, updated_at) = await self._ask(pipe.execute())
+        pipe.hmget(self._key(user, "pointer"), ["version", "updated_at", "trial", "share", "since"])
+        epoch, (version, updated_at, tried, share, since) = await self._ask(pipe.execute())
         return Pointer(
-            int(version or 0), _from_micros(int(updated_at)) if updated_at else None, int(epoch or 0)
+            int(version or 0),
+            _from_micros(int(updated_at)) if updated_at else None,
+            int(epoch or 0),
+            Trial(int(tried), float(share), _from_micros(int(since))) if tried else None,
         )
 
-    async def compare_and_set(self, user: str, expected: int, new: int, *, epoch: int | None = None) -> bool:
+    async def compare_and_set(
+        self,
+        user: str,
+        expected: int,
+        new: int,
+        *,
+        epoch: int | None = None,
+        trial: int | None = None,
+        end: TrialEnd | None = None,
+    ) -> bool:
         """Move the pointer from `expected` to `new` and tell everyone; False if it stood elsewhere, or if
-        `new` or `epoch` is from before the person was forgotten."""
+        `new` or `epoch` is from before the person was forgotten. A trial ends by it, as `end` says; `trial`:
+        only while that version is on trial."""
         adapter_id = self.adapter_id(user)
         message = {
             "type": "adapter.updated",
@@ -261,8 +332,48 @@ class Store:
             user,
             adapter_id,
             _pack(message),
+            _or_empty(trial),
+            _pack_end(end),
         )
         return bool(moved)
+
+    async def begin_trial(
+        self,
+        user: str,
+        expected: int,
+        version: int,
+        share: float,
+        *,
+        epoch: int | None = None,
+        end: TrialEnd | None = None,
+    ) -> bool:
+        """Let `version` answer a share of the replies, while `expected` answers the others, and tell
+        everyone; False as in `compare_and_set`. A trial that there is already ends by it, as `end` says."""
+        adapter_id = self.adapter_id(user)
+        begun = await self._transit(
+            lua.BEGIN_TRIAL,
+            user,
+            _or_empty(epoch),
+            expected,
+            version,
+            repr(share),
+            _to_micros(self._clock()),
+            uuid.uuid4().hex,
+            user,
+            adapter_id,
+            _pack(_trial_news(user, adapter_id, version, share, "begun")),
+            _pack_end(end),
+        )
+        return bool(begun)
+
+    async def end_trial(self, user: str, end: TrialEnd, *, epoch: int | None = None) -> bool:
+        """The version on trial answers nothing any more, and everyone is told; False if it was not on trial.
+        To end a trial well, move the pointer to its version."""
+        news = _trial_news(user, self.adapter_id(user), end.version, end.share, end.outcome)
+        ended = await self._transit(
+            lua.END_TRIAL, user, _or_empty(epoch), end.version, _pack_end(end), _pack(news)
+        )
+        return bool(ended)
 
     async def next_version(self, user: str, *, epoch: int | None = None) -> int:
         """A version number that was never given out before and never will be again, `forget` included."""
@@ -278,6 +389,7 @@ class Store:
             "numbers": dict(record.numbers),
             "examples": record.examples,
             "turn_ids": list(record.turn_ids),
+            "population": record.population,
         }
         await self._fenced(
             lua.ADD_VERSION,
@@ -291,9 +403,12 @@ class Store:
 
     async def versions(self, user: str) -> list[VersionRecord]:
         """Oldest first."""
-        records = await self._ask(self._redis.hgetall(self._key(user, "versions")))
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self._key(user, "versions"))
+        pipe.hgetall(self._key(user, "trials"))
+        records, trials = await self._ask(pipe.execute())
         return sorted(
-            (_read_version(int(version), body) for version, body in records.items()),
+            (_read_version(int(version), body, trials.get(version)) for version, body in records.items()),
             key=lambda record: record.version,
         )
 
@@ -576,7 +691,27 @@ def _read_turn(turn_id: bytes, body: bytes, rating: bytes | None, removed: bytes
     )
 
 
-def _read_version(version: int, body: bytes) -> VersionRecord:
+def _trial_news(user: str, adapter_id: str, version: int, share: float, state: str) -> dict[str, Any]:
+    about = {"version": version, "share": share, "state": state}
+    return {"type": "adapter.trial", "user": user, "adapter": adapter_id, **about}
+
+
+def _pack_end(end: TrialEnd | None) -> bytes:
+    if end is None:
+        return b""
+    times = {"began": end.began.isoformat(), "ended": end.ended.isoformat()}
+    return _pack({**times, "share": end.share, "outcome": end.outcome, "numbers": dict(end.numbers)})
+
+
+def _read_end(version: int, body: bytes | None) -> TrialEnd | None:
+    if not body:
+        return None
+    end = json.loads(body)
+    began, ended = (datetime.fromisoformat(end[name]) for name in ("began", "ended"))
+    return TrialEnd(version, end["share"], began, ended, end["outcome"], end["numbers"])
+
+
+def _read_version(version: int, body: bytes, end: bytes | None = None) -> VersionRecord:
     record = json.loads(body)
     return VersionRecord(
         version=version,
@@ -587,6 +722,8 @@ def _read_version(version: int, body: bytes) -> VersionRecord:
         numbers=record["numbers"],
         examples=record["examples"],
         turn_ids=tuple(record["turn_ids"]),
+        trial=_read_end(version, end),
+        population=record.get("population", 0),
     )
 
 

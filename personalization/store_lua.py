@@ -26,8 +26,9 @@ USER_PARTS = (
     "corrections",  # hash: corrected turn id → its newest correction's id
     "learned",  # set of turn ids to learn from
     "fresh",  # those of them that no refresh has seen
-    "pointer",  # hash: version, updated_at, writer
+    "pointer",  # hash: version, updated_at, writer; during a trial also trial, share, since
     "versions",  # hash: version → JSON
+    "trials",  # hash: version → JSON: how its trial ended
     "refresh",  # JSON: the newest progress of a refresh
     "responses",  # sorted set: expiry in ms → response id
 )
@@ -140,20 +141,68 @@ return seen
 """
 )
 
-# ARGV: epoch, expected, new, microseconds, writer (one per call), user, adapter id, message. → 1 moved, 0
-# not. The writer's name makes the same call, repeated because its reply was lost, the same success.
+# Lua: a version on trial, if any, is so no longer; `said` is how that came about.
+_END_TRIAL = """
+local function end_trial(said)
+  local tried = redis.call('HGET', pointer, 'trial')
+  if not tried then return end
+  redis.call('HSET', trials, tried, said)
+  redis.call('HDEL', pointer, 'trial', 'share', 'since')
+end
+"""
+
+# ARGV: epoch, expected, new, microseconds, writer (one per call), user, adapter id, message, the version that
+# must be on trial or '', how a trial ends by this. → 1 moved, 0 not. The writer's name makes the same call,
+# repeated because its reply was lost, the same success.
 COMPARE_AND_SET = (
     _PERSON
+    + _END_TRIAL
     + """
 local new, writer = tonumber(ARGV[3]), ARGV[5]
 if stale(ARGV[1]) or (new ~= 0 and new <= number('floor')) then return 0 end
 local version = tonumber(redis.call('HGET', pointer, 'version') or '0')
 if version == new and redis.call('HGET', pointer, 'writer') == writer then return 1 end
 if version ~= tonumber(ARGV[2]) then return 0 end
+if ARGV[9] ~= '' and redis.call('HGET', pointer, 'trial') ~= ARGV[9] then return 0 end
+end_trial(ARGV[10])
 redis.call('HSET', pointer, 'version', new, 'updated_at', ARGV[4], 'writer', writer)
 if new > number('version') then redis.call('HSET', life, 'version', new) end
 redis.call('HSET', USERS, ARGV[7], ARGV[6])
 redis.call('PUBLISH', UPDATES, ARGV[8])
+return 1
+"""
+)
+
+# ARGV: epoch, expected, the version to try, its share, microseconds, writer (one per call), user, adapter id,
+# message, how a trial ends by this. → 1 begun, 0 not.
+BEGIN_TRIAL = (
+    _PERSON
+    + _END_TRIAL
+    + """
+local try, writer = tonumber(ARGV[3]), ARGV[6]
+if stale(ARGV[1]) or try <= number('floor') then return 0 end
+if redis.call('HGET', pointer, 'trial') == ARGV[3] and redis.call('HGET', pointer, 'writer') == writer then
+  return 1
+end
+if (redis.call('HGET', pointer, 'version') or '0') ~= ARGV[2] then return 0 end
+end_trial(ARGV[10])
+redis.call('HSET', pointer, 'version', ARGV[2], 'trial', try, 'share', ARGV[4], 'since', ARGV[5])
+redis.call('HSET', pointer, 'writer', writer)
+if try > number('version') then redis.call('HSET', life, 'version', try) end
+redis.call('HSET', USERS, ARGV[8], ARGV[7])
+redis.call('PUBLISH', UPDATES, ARGV[9])
+return 1
+"""
+)
+
+# ARGV: epoch, the version that must be on trial, how it ends, message. → 1 ended, 0 not.
+END_TRIAL = (
+    _PERSON
+    + _END_TRIAL
+    + """
+if stale(ARGV[1]) or redis.call('HGET', pointer, 'trial') ~= ARGV[2] then return 0 end
+end_trial(ARGV[3])
+redis.call('PUBLISH', UPDATES, ARGV[4])
 return 1
 """
 )

@@ -66,12 +66,45 @@ class EventsExpired(StoreError, LookupError):
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A version that answers a `share` of a person's replies, above 0 and below 1, before it may answer
+    all."""
+
+    version: int
+    share: float
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class TrialEnd:
+    """How a trial ended: `outcome` is promoted | rolled back | by hand | replaced | taken out; `numbers` are
+    what was counted (see `trial.py`), empty when the end had nothing to do with that."""
+
+    version: int
+    share: float
+    began: datetime
+    ended: datetime
+    outcome: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """Of one version's replies: how many were rated up, and how many rated down or corrected."""
+
+    up: int
+    down: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pointer:
-    """The version that answers (0 is the bare base), since when, and the person's epoch for fencing."""
+    """The version that answers (0 is the bare base), since when, the person's epoch for fencing, and the
+    version on trial if there is one."""
 
     version: int
     updated_at: datetime | None
     epoch: int
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +118,8 @@ class ConversationSummary:
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
     """One trained or imported version, accepted by the gate or not. `numbers` are the gate's; `turn_ids` what
-    it was trained on."""
+    it was trained on; `trial` how its trial ended, if it had one that did; `population` the number of the
+    population adapter that it began with."""
 
     version: int
     parent: int
@@ -95,6 +129,27 @@ class VersionRecord:
     numbers: Mapping[str, float] = field(default_factory=dict)
     examples: int = 0
     turn_ids: tuple[str, ...] = ()
+    trial: TrialEnd | None = None
+    population: int = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may answer without being asked for by number: published, and not rolled back."""
+        return self.accepted and (self.trial is None or self.trial.outcome != "rolled back")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a person stands between two refreshes. `learned`: turns there are to learn from; `fresh`: those of
+    them that no refresh has seen; `newest`: the record of the last refresh, whatever came of it; `marked`:
+    the version that answers, or one on trial, was trained on a turn that is not to be learned any more;
+    `trial`: a version is on trial."""
+
+    learned: int
+    fresh: int
+    newest: VersionRecord | None
+    marked: bool
+    trial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adapter_files import LoraWeights
@@ -26,9 +29,13 @@ from personalization.prompt import Example
 from personalization.score import token_losses
 from personalization.stack import AdapterShape, AdapterStack, RowAttention
 
-# Logits of this many tokens (float32, 8k words: 4 MB) stay in the second-level cache.
+# Logits of this many tokens (float32, 8k words: 4 MB) stay in the second-level cache of a processor. A GPU
+# has none that would hold them; there it is the memory that they may take.
 _HEAD_ROWS = 128
+_DEVICE_HEAD_BYTES = 512 << 20
+_DEVICE_SHARE = 0.7  # of the memory that is free when training begins
 _OPEN_BINS = 32
+_ALIGNED = 8  # rows are of so many tokens or a multiple: a GPU's attention wants it
 # Enough rows for the products to run at full speed on every core; more would only take more memory.
 PEOPLE_AT_ONCE = 64
 _LEAST_IN_A_LANE = 4
@@ -50,7 +57,9 @@ class InvalidRecipe(ValueError):
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How an adapter is trained. `tokens_per_step` counts the tokens of one person in one optimizer step;
-    the rate climbs over the first `warmup` share of a person's steps and falls to zero at their last."""
+    the rate climbs over the first `warmup` share of a person's steps and falls to zero at their last.
+    `pull`: each step also draws the weights towards where they began, w -= rate * pull * (w - start), as
+    decoupled weight decay draws them towards zero."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -61,6 +70,7 @@ class Recipe:
     warmup: float = 0.1
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
+    pull: float = 0.0
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, bool, str]] = [
@@ -73,6 +83,7 @@ class Recipe:
             ("warmup", 0 <= self.warmup < 1, "0 to 1"),
             ("clip", self.clip > 0, "a positive number"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "0 to 1"),
+            ("pull", 0 <= self.pull * self.learning_rate < 1, "0 or more, times the rate below 1"),
         ]
         for name, valid, expected in checks:
             if not valid:
@@ -84,13 +95,17 @@ class Person:
     """Whose adapter to train: what to learn from, where to start (None: from nothing), the seed of it all.
 
     With `watch`, the loss on these examples is taken after each epoch; training stops when it got worse, and
-    the best epoch's weights are kept.
+    the best epoch's weights are kept. `emphasis`: how much a learned token of each example counts; empty: all
+    alike. `recipe`: their own, None for the stack's; rank, alpha, modules, tokens_per_step and betas are the
+    stack's in any case.
     """
 
     examples: Sequence[Example]
     seed: int
     start: LoraWeights | None = None
     watch: Sequence[Example] = ()
+    emphasis: Sequence[float] = ()
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +162,7 @@ def train_stacks(
     of its own: that needs no word between them, while cores that share one product wait for each other. One
     person alone has all cores. `on_progress` gets the share of all steps done, 0 to 1, from any thread.
     """
-    runs = [_Run(person, plan(person.examples, recipe, person.seed)) for person in people]
+    runs = [_Run.of(person, recipe) for person in people]
     shape = AdapterShape(model.config, recipe.modules, recipe.rank, recipe.alpha)
     total = sum(len(run.steps) for run in runs) or 1
     done, counting = 0, threading.Lock()
@@ -159,10 +174,12 @@ def train_stacks(
             on_progress(min(1.0, done / total))
 
     def work(chosen: Sequence[int]) -> dict[int, Trained]:
-        trained = _train_stack(model, shape, [runs[index] for index in chosen], recipe, count)
+        trained = _train_stack(model, shape, [runs[index] for index in chosen], recipe.betas, count)
         return dict(zip(chosen, trained, strict=True))
 
-    if not model.decoder.embed.is_cuda:
+    if model.decoder.embed.is_cuda:
+        people_at_once = min(people_at_once, _people_that_fit(model, shape, recipe))
+    else:
         room = _HOST_TOKENS_AT_ONCE // recipe.tokens_per_step
         people_at_once = min(people_at_once, max(_LEAST_IN_A_LANE, room))
     threads = torch.get_num_threads()
@@ -175,6 +192,23 @@ def train_stacks(
     with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(each,)) as pool:
         for future in as_completed([pool.submit(work, stack) for stack in stacks]):
             yield future.result()
+
+
+def _people_that_fit(model: LoadedModel, shape: AdapterShape, recipe: Recipe) -> int:
+    """How many may share a stack on a GPU, by the memory that is free now.
+
+    What the backward pass keeps of a token, per layer: the residual stream and what the norms gave of it, q,
+    k and v as projected, rotated and attended over, and four times the feed-forward's width. A person has
+    weights, moments and gradient in float32, and weights and gradient once more in the products' type."""
+    config = model.config
+    dtype_bytes = model.decoder.embed.element_size()
+    heads = config.num_heads * config.head_dim
+    kept = 8 * config.hidden_size + 6 * heads + 4 * config.intermediate_size
+    token_bytes = dtype_bytes * (config.num_layers * kept + 2 * recipe.tokens_per_step)
+    person_bytes = shape.size * (5 * 4 + 4 * dtype_bytes)
+    free, _ = torch.cuda.mem_get_info(model.decoder.embed.device)
+    room = free * _DEVICE_SHARE - 8 * _DEVICE_HEAD_BYTES
+    return max(1, int(room / (token_bytes * recipe.tokens_per_step + person_bytes)))
 
 
 def _stacks(steps: Sequence[int], people_at_once: int, lanes: int) -> tuple[list[list[int]], int]:
@@ -200,21 +234,34 @@ class Step:
 
     examples: tuple[Example, ...]
     epoch: int
+    emphasis: tuple[float, ...] = ()  # of each example; empty: all alike
 
     @property
     def tokens(self) -> int:
         return sum(len(example.token_ids) for example in self.examples)
 
 
-def plan(examples: Sequence[Example], recipe: Recipe, seed: int) -> list[Step]:
+def plan(
+    examples: Sequence[Example], recipe: Recipe, seed: int, emphasis: Sequence[float] = ()
+) -> list[Step]:
     """Every step of a person's run. Each epoch sees every example once, in a new order; an example longer
     than a step is cut. Depends on nothing but its arguments, so company changes nothing."""
-    pieces = [piece for example in examples for piece in _cut(example, recipe.tokens_per_step)]
+    if emphasis and len(emphasis) != len(examples):
+        raise ValueError(f"emphasis: expected one for each of {len(examples)} examples, got {len(emphasis)}")
+    if not all(0 < weight < math.inf for weight in emphasis):
+        raise ValueError(f"emphasis: expected positive numbers, got {min(emphasis)} to {max(emphasis)}")
+    pieces = [
+        (piece, weight)
+        for example, weight in zip(examples, emphasis or [1.0] * len(examples), strict=True)
+        for piece in _cut(example, recipe.tokens_per_step)
+    ]
     shuffle = random.Random(seed)
     steps: list[Step] = []
     for epoch in range(recipe.epochs):
         shuffle.shuffle(pieces)
-        steps += [Step(tuple(bin), epoch) for bin in _pack(pieces, recipe.tokens_per_step)]
+        for chosen in _pack([len(piece.token_ids) for piece, _ in pieces], recipe.tokens_per_step):
+            weights = tuple(pieces[place][1] for place in chosen) if emphasis else ()
+            steps.append(Step(tuple(pieces[place][0] for place in chosen), epoch, weights))
     return steps
 
 
@@ -229,18 +276,18 @@ def _cut(example: Example, length: int) -> list[Example]:
     return pieces
 
 
-def _pack(pieces: Sequence[Example], capacity: int) -> list[list[Example]]:
-    """First fit among the newest bins: keeps most of the order, fills nearly all of each bin."""
-    bins: list[list[Example]] = []
+def _pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """The places of pieces of these sizes in bins: first fit among the newest bins, which keeps most of the
+    order and fills nearly all of each bin."""
+    bins: list[list[int]] = []
     rooms: list[int] = []
-    for piece in pieces:
-        size = len(piece.token_ids)
+    for place, size in enumerate(sizes):
         oldest_open = max(0, len(bins) - _OPEN_BINS)
         index = next((at for at in range(oldest_open, len(bins)) if size <= rooms[at]), len(bins))
         if index == len(bins):
             bins.append([])
             rooms.append(capacity)
-        bins[index].append(piece)
+        bins[index].append(place)
         rooms[index] -= size
     return bins
 
@@ -250,6 +297,7 @@ class _Run:
     """One person's way through their steps."""
 
     person: Person
+    recipe: Recipe
     steps: list[Step]
     taken: int = 0
     tokens: int = 0
@@ -259,17 +307,42 @@ class _Run:
     best_watched: float = math.inf
     best_row: Tensor | None = None
 
+    @classmethod
+    def of(cls, person: Person, recipe: Recipe) -> "_Run":
+        own = person.recipe or recipe
+        for name in ("rank", "alpha", "modules", "tokens_per_step", "betas"):
+            if getattr(own, name) != getattr(recipe, name):
+                raise InvalidRecipe(name, f"the stack's {getattr(recipe, name)}", getattr(own, name))
+        return cls(person, own, plan(person.examples, own, person.seed, person.emphasis))
+
     def epoch_ended(self) -> bool:
         return (
             self.taken == len(self.steps) or self.steps[self.taken].epoch > self.steps[self.taken - 1].epoch
         )
+
+    def rate(self) -> float:
+        return self.recipe.learning_rate * _schedule(self.taken, len(self.steps), self.recipe.warmup)
+
+    def account(self, losses: Sequence[float], norms: Sequence[float]) -> None:
+        """What became of the steps taken. A loss or norm that is not finite ended the run."""
+        taken, self.taken = self.taken, 0
+        for step, loss, norm in zip(self.steps[:taken], losses, norms, strict=False):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.error = (
+                    f"step {self.taken + 1}: expected finite numbers, got loss {loss}, gradient norm {norm}"
+                )
+                break
+            learned = sum(sum(example.learn_mask[1:]) for example in step.examples)
+            self.losses.setdefault(step.epoch, []).append((loss * learned, learned))
+            self.taken += 1
+            self.tokens += step.tokens
 
     def result(self, shape: AdapterShape, row: Tensor) -> Trained:
         means = [
             sum(total for total, _ in losses) / sum(count for _, count in losses)
             for _, losses in sorted(self.losses.items())
         ] or [math.nan]
-        weights = shape.weights((row if self.best_row is None else self.best_row).cpu())
+        weights = shape.weights(row if self.best_row is None else self.best_row.cpu())
         return Trained(weights, self.taken, self.tokens, means[0], means[-1], self.error)
 
 
@@ -277,14 +350,19 @@ def _train_stack(
     model: LoadedModel,
     shape: AdapterShape,
     runs: Sequence[_Run],
-    recipe: Recipe,
+    betas: tuple[float, float],
     count: Callable[[int], None],
 ) -> list[Trained]:
-    """Train `runs`, longest first, in one stack."""
+    """Train `runs`, longest first, in one stack. On a GPU nothing is read back from it before the end, so
+    that it never waits for the next step's operations."""
     decoder = model.decoder
     device, dtype = decoder.embed.device, decoder.embed.dtype
     rows = [shape.row(run.person.start, torch.Generator().manual_seed(run.person.seed)) for run in runs]
-    stack = AdapterStack(shape, rows, dtype, device)
+    stack = AdapterStack(shape, rows, dtype, device, pulled=any(run.recipe.pull for run in runs))
+    clip = torch.tensor([run.recipe.clip for run in runs], device=device)
+    sound = torch.ones(len(runs), dtype=torch.bool, device=device)  # all numbers were finite so far
+    notes: list[Tensor] = []  # of each step [2, U]: losses and gradient norms
+    arrays: dict[int, _Arrays] = {}
     step = 0
     while True:
         # Longest first: whoever has steps left stands before everyone who has none.
@@ -294,43 +372,32 @@ def _train_stack(
             break
         if active < stack.people:
             stack.use(active)
-        batch = _Batch.of([None if run.stopped else run.steps[step] for run in runs[:active]], device)
+        batch = _Batch.of([None if run.stopped else run.steps[step] for run in runs[:active]], arrays, device)
         losses = _forward_backward(decoder, stack, batch, dtype)
         norms = stack.gradient_norms()
-        rates = _judge_step(runs[:active], batch, losses.tolist(), norms.tolist(), recipe)
-        stack.update(rates, (norms / recipe.clip).clamp_(min=1.0), recipe.betas)
+        sound = sound[:active] & losses.isfinite() & norms.isfinite()
+        notes.append(torch.stack((losses, norms)))
+        stack.update(
+            [0.0 if run.stopped else run.rate() for run in runs[:active]],
+            (norms / clip[:active]).clamp_(min=1.0),
+            sound,
+            betas,
+            [run.recipe.pull for run in runs[:active]],
+        )
         for index, run in enumerate(runs[:active]):
-            if run.person.watch and not run.stopped and run.epoch_ended():
+            if run.stopped:
+                continue
+            run.taken += 1
+            if run.person.watch and run.epoch_ended():
                 _watch(model, shape, run, stack.rows[index])
         step += 1
         count(len(working))
-    return [run.result(shape, stack.rows[index]) for index, run in enumerate(runs)]
-
-
-def _judge_step(
-    runs: Sequence[_Run], batch: "_Batch", losses: list[float], norms: list[float], recipe: Recipe
-) -> list[float]:
-    """The rate of each person's update, 0 for those who take none. A loss or norm that is not finite ends a
-    run."""
-    rates = []
-    for run, loss, norm, learned, tokens in zip(
-        runs, losses, norms, batch.learned, batch.tokens, strict=True
-    ):
-        if run.stopped:
-            rates.append(0.0)
-            continue
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            run.stopped = True
-            run.error = (
-                f"step {run.taken + 1}: expected finite numbers, got loss {loss}, gradient norm {norm}"
-            )
-            rates.append(0.0)
-            continue
-        rates.append(recipe.learning_rate * _schedule(run.taken, len(run.steps), recipe.warmup))
-        run.losses.setdefault(run.steps[run.taken].epoch, []).append((loss * learned, learned))
-        run.taken += 1
-        run.tokens += tokens
-    return rates
+    written = [note.tolist() for note in notes]
+    kept = stack.rows.cpu()
+    for index, run in enumerate(runs):
+        mine = [(losses[index], norms[index]) for losses, norms in written[: run.taken]]
+        run.account([loss for loss, _ in mine], [norm for _, norm in mine])
+    return [run.result(shape, kept[index]) for index, run in enumerate(runs)]
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
@@ -348,6 +415,9 @@ def _watch(model: LoadedModel, shape: AdapterShape, run: _Run, row: Tensor) -> N
         run.stopped = True
 
 
+_Arrays = tuple[NDArray[np.int64], NDArray[np.intp]]  # an example's ids, and the places that are learned
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """One step of the whole stack: rows of S tokens by person, and where the loss is taken."""
@@ -358,62 +428,73 @@ class _Batch:
     loss_at: Tensor  # [N] flat places whose next token is learned
     targets: Tensor  # [N]
     people: Tensor  # [N] whose place it is
-    learned: list[int]  # [U] learned tokens
-    tokens: list[int]  # [U]
+    weights: Tensor  # [N] float32; each person's sum to 1
 
     @classmethod
-    def of(cls, steps: Sequence[Step | None], device: torch.device) -> "_Batch":
-        tokens = [0 if step is None else step.tokens for step in steps]
-        length = max(tokens)
-        token_ids, positions, segments = ([0] * (len(steps) * length) for _ in range(3))
-        loss_at: list[int] = []
-        targets: list[int] = []
-        people: list[int] = []
+    def of(
+        cls, steps: Sequence[Step | None], arrays: dict[int, _Arrays], device: torch.device
+    ) -> "_Batch":
+        """`arrays` keeps what was made of the examples, by their ids, from step to step."""
+        length = max(0 if step is None else step.tokens for step in steps)
+        length = -(-length // _ALIGNED) * _ALIGNED
+        token_ids, positions, segments = (np.zeros((len(steps), length), np.int64) for _ in range(3))
+        segments.fill(-1)
+        loss_at: list[NDArray[np.intp]] = []
+        people: list[NDArray[np.int64]] = []
+        weights: list[NDArray[np.float32]] = []
         for person, step in enumerate(steps):
-            place = person * length
-            segments[place : place + length] = [-1] * length
+            place, first = 0, len(loss_at)
             for number, example in enumerate(() if step is None else step.examples):
-                size = len(example.token_ids)
-                token_ids[place : place + size] = example.token_ids
-                positions[place : place + size] = range(size)
-                segments[place : place + size] = [number] * size
-                learned = [at for at in range(1, size) if example.learn_mask[at]]
-                loss_at += [place + at - 1 for at in learned]
-                targets += [example.token_ids[at] for at in learned]
-                people += [person] * len(learned)
-                place += size
-        counts = torch.bincount(torch.tensor(people), minlength=len(steps)).tolist()
-        shape = (len(steps), length)
-        ids, at, goal, whose = (
-            torch.tensor(values, device=device) for values in (token_ids, loss_at, targets, people)
-        )
-        place_of, segment_of = (
-            torch.tensor(values, device=device).view(shape) for values in (positions, segments)
-        )
-        return cls(ids, place_of, segment_of, at, goal, whose, counts, tokens)
+                if id(example) not in arrays:
+                    learned = np.flatnonzero(example.learn_mask[1:])
+                    arrays[id(example)] = np.asarray(example.token_ids), learned
+                given, learned = arrays[id(example)]
+                past = place + len(given)
+                token_ids[person, place:past] = given
+                positions[person, place:past] = np.arange(len(given))
+                segments[person, place:past] = number
+                loss_at.append(learned + (person * length + place))
+                emphasis = step.emphasis[number] if step is not None and step.emphasis else 1.0
+                weights.append(np.full(len(learned), emphasis, np.float32))
+                place = past
+            total = sum(float(part.sum()) for part in weights[first:])
+            for part in weights[first:]:
+                part /= total
+            people.append(np.full(sum(map(len, weights[first:])), person))
+        at = np.concatenate(loss_at)
+        ids = token_ids.ravel()
+        parts = (ids, positions, segments, at, ids[at + 1], np.concatenate(people), np.concatenate(weights))
+        return cls(*(_moved(part, device) for part in parts))
+
+
+def _moved(array: NDArray[Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _forward_backward(decoder: Decoder, stack: AdapterStack, batch: _Batch, dtype: torch.dtype) -> Tensor:
     """[U] mean loss of each person; the gradients of each person's own mean are left in the stack."""
     attend = RowAttention(batch.segments, batch.positions, decoder.config, dtype)
     hidden = decoder(batch.token_ids, batch.positions.flatten(), attend, stack)
-    counts = torch.tensor(batch.learned, device=hidden.device, dtype=torch.float32).clamp_(min=1)
-    weights = (1 / counts)[batch.people]
-    losses, gradient = _head(decoder, hidden.detach()[batch.loss_at], batch.targets, weights)
+    losses, gradient = _head(decoder, hidden.detach()[batch.loss_at], batch.targets, batch.weights)
     upstream = torch.zeros_like(hidden)
     upstream[batch.loss_at] = gradient
     hidden.backward(upstream)
-    return torch.zeros_like(counts).index_add_(0, batch.people, losses * weights)
+    means = torch.zeros(stack.people, device=hidden.device)
+    return means.index_add_(0, batch.people, losses * batch.weights)
 
 
 def _head(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """-log softmax(logits)[target] of each row [N], and the gradient of weights . losses in `hidden` [N, H].
 
-    In blocks, so that no more logits than fit the cache exist at a time.
+    In blocks, so that no more logits exist at a time than fit the cache, or the memory they may take.
     """
+    size = _HEAD_ROWS
+    if hidden.is_cuda:
+        size = max(size, _DEVICE_HEAD_BYTES // (4 * decoder.config.vocab_size))
     losses, gradients = [], []
-    for begin in range(0, len(hidden), _HEAD_ROWS):
-        rows = slice(begin, begin + _HEAD_ROWS)
+    for begin in range(0, len(hidden), size):
+        rows = slice(begin, begin + size)
         block = hidden[rows].requires_grad_()
         logits = decoder.logits(block)
         probabilities = torch.softmax(logits.detach(), -1)

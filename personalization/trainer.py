@@ -61,13 +61,15 @@ class TrainerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One person's refresh: rows to train on and to judge by, the serving version's folder if any."""
+    """One person's refresh: rows to train on and to judge by, the serving version's folder if any. `start`:
+    the adapter to begin with when nothing serves yet."""
 
     id: str
     train: Sequence[Example]
     gate: Sequence[Example]
     serving: Path | None
     seed: int
+    start: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,15 @@ class Judging:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One person's candidate and what the gate says. `numbers` are those of the training."""
+    """One person's candidate and what the gate says. `numbers` are those of the training; `began`: with the
+    task's `start`."""
 
     id: str
     weights: LoraWeights
     verdict: Verdict
     numbers: dict[str, float]
     base_hash: str
+    began: bool = False
 
 
 class Trainer:
@@ -101,11 +105,16 @@ class Trainer:
     def __init__(self, settings: TrainerSettings) -> None:
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
         """The child's process id; None while there is none."""
         return None if self._process is None else self._process.pid
+
+    async def warm(self) -> None:
+        """Start the process if there is none, so that it loads the model while a batch is being prepared."""
+        await self._start()
 
     async def run(
         self, tasks: Sequence[Task], recipe: Recipe, policy: GatePolicy, *, people_at_once: int | None = None
@@ -146,13 +155,17 @@ class Trainer:
         await process.wait()
 
     async def _start(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None:
+                self._process = await self._new_process()
             return self._process
+
+    async def _new_process(self) -> asyncio.subprocess.Process:
         settings = asdict(self._settings) | {
             "model_folder": str(self._settings.model_folder.absolute()),
             "parent": os.getpid(),
         }
-        self._process = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "personalization.trainer",
@@ -161,9 +174,9 @@ class Trainer:
             # -m looks here first: the child runs the same code as we do, wherever we were started.
             cwd=Path(__file__).parent.parent,
         )
-        assert self._process.stdin is not None
-        self._process.stdin.write(_frame(settings))
-        return self._process
+        assert process.stdin is not None
+        process.stdin.write(_frame(settings))
+        return process
 
     async def _receive(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
         assert process.stdout is not None
@@ -215,7 +228,14 @@ def _run_batch(model: LoadedModel, request: dict[str, Any], send: Callable[[dict
     recipe, policy = _recipe(request["recipe"]), GatePolicy(**request["policy"])
     tasks = [_unpack_task(task) for task in request["tasks"]]
     serving = [_read_serving(task.serving, model) for task in tasks]
-    people = [Person(task.train, task.seed, start) for task, start in zip(tasks, serving, strict=True)]
+    starts = [
+        _read_serving(task.start, model) if answers is None else None
+        for task, answers in zip(tasks, serving, strict=True)
+    ]
+    people = [
+        Person(task.train, task.seed, answers or start)
+        for task, answers, start in zip(tasks, serving, starts, strict=True)
+    ]
     next_report = 0.0
 
     def report(share: float) -> None:
@@ -250,12 +270,13 @@ def _run_batch(model: LoadedModel, request: dict[str, Any], send: Callable[[dict
                     "verdict": asdict(verdict),
                     "numbers": {name: value for name, value in numbers.items() if value == value},
                     "base_hash": model.base_hash,
+                    "began": starts[index] is not None,
                 }
             )
 
 
 def _read_serving(folder: Path | None, model: LoadedModel) -> LoraWeights | None:
-    """The serving version, or None if it cannot be served: unreadable, or made for another base."""
+    """A version to go on from, or None if that cannot be: unreadable, or made for another base."""
     if folder is None:
         return None
     try:
@@ -325,6 +346,7 @@ def _pack_task(task: Task) -> dict[str, Any]:
         "gate": [_pack_example(example) for example in task.gate],
         "serving": None if task.serving is None else str(task.serving.absolute()),
         "seed": task.seed,
+        "start": None if task.start is None else str(task.start.absolute()),
     }
 
 
@@ -335,6 +357,7 @@ def _unpack_task(task: dict[str, Any]) -> Task:
         [_unpack_example(example) for example in task["gate"]],
         None if task["serving"] is None else Path(task["serving"]),
         task["seed"],
+        None if task["start"] is None else Path(task["start"]),
     )
 
 
@@ -380,6 +403,7 @@ def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Judged:
         Verdict(**message["verdict"]),
         message["numbers"],
         message["base_hash"],
+        message["began"],
     )
 
 

@@ -31,14 +31,17 @@ from personalization.publish import FREE_BYTES_FLOOR, Shelf, tidy
 from personalization.refresh import Kit, Outcome, RefreshPolicy, refresh
 from personalization.store import Store, connect
 from personalization.trainer import Trainer, TrainerDied, TrainerSettings
+from personalization.trial import TrialPolicy, settle
+from personalization.when import When, due_tonight
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`data`: the adapters are in data/adapters. `secret`: the store's. `nightly_hour`: local, None for
-    never; people with `nightly_turns` new turns are then refreshed, spread over `nightly_spread_s`."""
+    """`data`: the adapters are in data/adapters, those that first versions start from in data/population.
+    `secret`: the store's. `nightly_hour`: local, None for never; those for whom it pays (`when`) are then
+    refreshed, spread over `nightly_spread_s`."""
 
     data: Path
     redis_url: str
@@ -49,19 +52,16 @@ class WorkerSettings:
     jobs: JobPolicy = field(default_factory=JobPolicy)
     threads: int = 0
     device: str = "auto"
-    gather_s: float = 0.5
+    gather_s: float = 0.5  # at most; a fifth of it without anyone coming is enough
     gather_people: int = 64
+    background_people: int = 8
     sweep_s: int = 5
     idle_trainer_s: float = 600.0
     nightly_hour: int | None = 3
-    nightly_turns: int = 1
+    when: When = field(default_factory=When)
+    trial: TrialPolicy = field(default_factory=TrialPolicy)
     nightly_spread_s: float = 1800.0
     free_bytes_floor: int = FREE_BYTES_FLOOR
-
-
-def should_refresh(learned_since: int, policy: RefreshPolicy) -> bool:
-    """Whether that many new learned turns start a refresh by themselves."""
-    return 0 < policy.auto_after <= learned_since
 
 
 # ---------------------------------------------------------------- working
@@ -75,22 +75,35 @@ class _Waiting:
 
 
 class Gatherer:
-    """Collects the jobs that wait at the same time and refreshes their people in one batch."""
+    """Collects the jobs that wait at the same time and refreshes their people in one batch.
+
+    Who asked is waiting for it, so those go first, and a batch of others is of `background_people` at most:
+    who asks during it need not wait long."""
 
     def __init__(
-        self, kit: Kit, *, gather_s: float, people: int, idle_trainer_s: float, say_every_s: float = 0.5
+        self,
+        kit: Kit,
+        *,
+        gather_s: float,
+        people: int,
+        background_people: int,
+        idle_trainer_s: float,
+        say_every_s: float = 0.5,
     ) -> None:
         self._kit = kit
         self._gather_s = gather_s
         self._people = people
+        self._background_people = background_people
         self._idle_trainer_s = idle_trainer_s
         self._say_every_s = say_every_s
-        self._arrivals: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
 
     async def join(self, job: Job, user: str) -> Outcome:
         """Wait for a batch, and in it for this person's end. Raises what went wrong, if it may go better."""
         waiting = _Waiting(job, user, asyncio.get_running_loop().create_future())
-        self._arrivals.put_nowait(waiting)
+        self._waiting.append(waiting)
+        self._arrived.set()
         return await waiting.ended
 
     async def run(self) -> None:
@@ -105,17 +118,32 @@ class Gatherer:
                     await self._work(batch, alone=alone)
 
     async def _gather(self) -> list[_Waiting]:
-        try:
-            async with asyncio.timeout(self._idle_trainer_s):
-                gathered = [await self._arrivals.get()]
-        except TimeoutError:
+        """The next batch: whoever waits when nobody has come for a moment."""
+        if not self._waiting and not await self._arrival(self._idle_trainer_s):
             await self._kit.trainer.stop()  # it holds a model in memory that nobody needs just now
-            gathered = [await self._arrivals.get()]
+        if not self._waiting:
+            await self._arrival(None)
+        with contextlib.suppress(OSError):  # the batch will meet it again, and say so
+            await self._kit.trainer.warm()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._gather_s):
-                while len(gathered) < self._people:
-                    gathered.append(await self._arrivals.get())
-        return [each for each in gathered if not each.ended.done()]
+                while len(self._waiting) < self._people and await self._arrival(self._gather_s / 5):
+                    pass
+        waiting = [each for each in self._waiting if not each.ended.done()]
+        asked = [each for each in waiting if (each.job.kwargs or {}).get("reason") == "asked"]
+        batch = asked[: self._people] or waiting[: self._background_people]
+        self._waiting = [each for each in waiting if each not in batch]
+        return batch
+
+    async def _arrival(self, seconds: float | None) -> bool:
+        """Whether anyone comes within that time."""
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _work(self, batch: dict[str, _Waiting], *, alone: bool) -> None:
         told: dict[str, tuple[str, float]] = {}
@@ -216,21 +244,24 @@ def _given_up(job: Job) -> dict[str, Any]:
 
 
 async def run_nightly(context: dict[str, Any]) -> int:
-    """The nightly job: ask for everyone with something new, in groups that fill a batch, spread over a
-    while."""
+    """The nightly job: ask for everyone for whom it pays, in groups that fill a batch, spread over a while;
+    those who are expected to gain most come first. Trials that have lasted too long end."""
     settings: WorkerSettings = context["settings"]
+    queue: RefreshQueue = context["queue"]
     store: Store = context["store"]
-    due = [
-        user
-        async for user in store.users()
-        if await store.learned_since_refresh(user) >= settings.nightly_turns
-        and await store.learned_count(user) >= settings.policy.minimum_turns
-    ]
-    due.sort(key=store.adapter_id)
-    for first in range(0, len(due), settings.gather_people):
-        at = int(time.time() + context["random"].uniform(0, settings.nightly_spread_s))
+    now = datetime.now(UTC)
+    gains = {}
+    async for user in store.users():
+        await settle(store, user, settings.trial, now)
+        answer = due_tonight(await store.standing(user), now, settings.when)
+        if answer.due:
+            gains[user] = answer.gain
+    due = sorted(gains, key=lambda user: (-gains[user], store.adapter_id(user)))
+    groups = range(0, len(due), settings.gather_people)
+    starts = sorted(time.time() + context["random"].uniform(0, settings.nightly_spread_s) for _ in groups)
+    for first, at in zip(groups, starts, strict=True):
         for user in due[first : first + settings.gather_people]:
-            await request_refresh(context["queue"], store, user, "nightly", jobs=settings.jobs, scheduled=at)
+            await request_refresh(queue, store, user, "nightly", jobs=settings.jobs, scheduled=int(at))
     await tidy(context["shelf"], store)
     return len(due)
 
@@ -244,12 +275,20 @@ async def run_worker(settings: WorkerSettings) -> None:
     shelf = Shelf(settings.data / "adapters", config, settings.free_bytes_floor)
     trainer = Trainer(TrainerSettings(settings.model_folder, settings.threads, settings.device))
     kit = Kit(
-        store, shelf, renderer, trainer, settings.policy, settings.model_name, lambda: datetime.now(UTC)
+        store,
+        shelf,
+        renderer,
+        trainer,
+        settings.policy,
+        settings.model_name,
+        lambda: datetime.now(UTC),
+        settings.data / "population",
     )
     gatherer = Gatherer(
         kit,
         gather_s=settings.gather_s,
         people=settings.gather_people,
+        background_people=settings.background_people,
         idle_trainer_s=settings.idle_trainer_s,
     )
     context = {

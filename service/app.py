@@ -169,13 +169,16 @@ class Gateway:
             return
         user = str(message.get("user"))
         event = pushed_event(message)
-        if message.get("type") == "adapter.updated" and message.get("to"):
-            with contextlib.suppress(EngineLost):
-                await self.deps.engine.prefetch(
-                    AdapterRef(self.deps.store.adapter_id(user), int(message["to"]))
-                )
-        if message.get("type") == "adapter.forgotten":
-            self.session.forget(user)
+        match message:
+            case {"type": "adapter.updated", "to": version} | {
+                "type": "adapter.trial",
+                "state": "begun",
+                "version": version,
+            } if version:
+                with contextlib.suppress(EngineLost):
+                    await self.deps.engine.prefetch(AdapterRef(self.deps.store.adapter_id(user), version))
+            case {"type": "adapter.forgotten"}:
+                self.session.forget(user)
         if event is not None:
             self.sockets.tell(user, event)
 

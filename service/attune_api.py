@@ -12,7 +12,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from personalization.history import Turn, dump, learned, parse
-from personalization.store import Store, UnknownTurn, VersionRecord
+from personalization.lineage import marks
+from personalization.store import Pointer, Store, UnknownTurn, VersionRecord
+from personalization.trial import shown, tally
 from service.auth import TICKET_SECONDS, checked_user
 from service.errors import BadRequest, Conflict, Forbidden, NotAuthenticated, NotFound
 from service.http import Door, address, json_response, read_json, read_limited
@@ -67,6 +69,7 @@ class AttuneApi:
             Route("/attune/conversations", self.conversations, methods=["GET"]),
             Route("/attune/conversations/{conversation:path}", self.conversation, methods=["GET"]),
             Route("/attune/versions", self.versions, methods=["GET"]),
+            Route("/attune/versions/{version:int}/turns", self.version_turns, methods=["GET"]),
             Route("/attune/rollback", self.rollback, methods=["POST"]),
             Route("/attune/refresh", self.refresh, methods=["POST"]),
             Route("/attune/import", self.import_history, methods=["POST"]),
@@ -113,7 +116,7 @@ class AttuneApi:
                 },
                 "learned_turns": await self._store.learned_count(user),
                 "learned_since_refresh": await self._store.learned_since_refresh(user),
-                "auto_refresh_after": services.session.options.auto_refresh_after,
+                "auto_refresh_after": services.session.options.when.after_turns,
                 "refresh": await self._store.progress(user),
                 "limits": {
                     "replies_per_user": limits.replies_per_user,
@@ -205,12 +208,41 @@ class AttuneApi:
         user = (await self._door.person(request)).user
         pointer = await self._store.pointer(user)
         records = await self._store.versions(user)
+        marked = marks(records, await self._store.learned_ids(user))
         return json_response(
             {
                 "serving": pointer.version,
-                "versions": [version_shown(each, serving=pointer.version) for each in reversed(records)],
+                "trial": await self._trial_shown(user, pointer),
+                "versions": [
+                    version_shown(each, pointer, marked.get(each.version, frozenset()))
+                    for each in reversed(records)
+                ],
             }
         )
+
+    async def _trial_shown(self, user: str, pointer: Pointer) -> dict[str, Any] | None:
+        trial, policy = pointer.trial, self._services.session.options.trial
+        if trial is None:
+            return None
+        counted = await tally(self._store, user, pointer)
+        return {
+            "version": trial.version,
+            "share": trial.share,
+            "since": trial.since,
+            "needed": policy.replies,
+            **shown(counted),
+        }
+
+    async def version_turns(self, request: Request) -> Response:
+        """What one version, published or refused, was trained on, oldest first. `learned` says of each turn
+        whether the next one may learn it too."""
+        user = (await self._door.person(request)).user
+        version = request.path_params["version"]
+        record = next((each for each in await self._store.versions(user) if each.version == version), None)
+        if record is None:
+            raise NotFound(f"no version {version}", code="version_not_found")
+        turns = await self._store.turns_named(user, record.turn_ids)
+        return json_response({"version": version, "turns": [turn_shown(turn) for turn in turns]})
 
     async def rollback(self, request: Request) -> Response:
         user = (await self._door.person(request)).user
@@ -240,15 +272,20 @@ def turn_shown(turn: Turn) -> dict[str, Any]:
     }
 
 
-def version_shown(record: VersionRecord, *, serving: int) -> dict[str, Any]:
+def version_shown(record: VersionRecord, pointer: Pointer, gone: frozenset[str]) -> dict[str, Any]:
+    """`marked` counts the turns it has seen, or its ancestors, that are not to be learned any more."""
     return {
         "version": record.version,
         "parent": record.parent,
         "created_at": record.created_at,
         "accepted": record.accepted,
-        "serving": record.version == serving,
+        "serving": record.version == pointer.version,
         "reason": record.reason,
         "numbers": dict(record.numbers),
         "examples": record.examples,
         "turns": len(record.turn_ids),
+        "marked": len(gone),
+        "population": record.population,
+        "on_trial": pointer.trial is not None and record.version == pointer.trial.version,
+        "trial": record.trial,
     }

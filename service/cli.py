@@ -21,7 +21,8 @@ import typer
 
 from engine.client import EngineClient, EngineError
 from personalization.history import InvalidTurn, dump
-from personalization.store import Store, StoreError, VersionRecord, connect
+from personalization.lineage import marks
+from personalization.store import Pointer, Store, StoreError, VersionRecord, connect
 from service import logs, operations, processes
 from service.actions import Actions, NotPossible
 from service.auth import ALGORITHM, AUDIENCE, checked_user
@@ -271,7 +272,7 @@ def refresh(
     done = with_store(data, run)
     lines = [
         f"{one.user}: "
-        + (f"version {one.version}" if one.published else one.state if not one.reason else one.reason)
+        + (f"version {one.version}{', on trial' * one.trial}" if one.published else one.state if not one.reason else one.reason)
         for one in done
     ]
     answer({"refreshed": [asdict(one) for one in done]}, "\n".join(lines), as_json=as_json)
@@ -281,22 +282,38 @@ def refresh(
 
 @app.command()
 def adapters(user: User, data: Data = None, as_json: Json = False) -> None:
-    """List a person's adapter versions; * marks the one that answers."""
+    """List a person's adapter versions; * is the one that answers, ~ the one on trial, ! has learned from
+    turns taken out since."""
 
-    async def run(store: Store, _: Actions) -> tuple[int, list[VersionRecord]]:
-        return (await store.pointer(user)).version, await store.versions(user)
+    async def run(store: Store, _: Actions) -> tuple[Pointer, list[VersionRecord], set[str]]:
+        return await store.pointer(user), await store.versions(user), await store.learned_ids(user)
 
-    serving, records = with_store(data, run)
+    pointer, records, learnable = with_store(data, run)
+    marked, serving = marks(records, learnable), pointer.version
+    tried, share = (pointer.trial.version, pointer.trial.share) if pointer.trial else (None, 0.0)
     lines = [
-        f"{'*' if record.version == serving else ' '} {record.version:>4}  "
-        f"{record.created_at:%Y-%m-%d %H:%M}  "
+        f"{'*' if record.version == serving else '~' if record.version == tried else ' '}"
+        f"{'!' if record.version in marked else ' '}"
+        f"{record.version:>4}  {record.created_at:%Y-%m-%d %H:%M}  "
         f"{'accepted' if record.accepted else 'refused '}  {record.reason}"
+        + (f"; {len(marked[record.version])} turns taken out since" if record.version in marked else "")
+        + (f"; on trial, {share:.0%} of the replies" if record.version == tried else "")
+        + (f"; trial ended: {record.trial.outcome}" if record.trial else "")
         for record in records
     ]
     if serving == 0:
         lines.insert(0, "*    0  the bare base model")
-    versions = [asdict(record) | {"created_at": record.created_at.isoformat()} for record in records]
-    answer({"user": user, "serving": serving, "versions": versions}, "\n".join(lines), as_json=as_json)
+    versions = [
+        asdict(record)
+        | {
+            "created_at": record.created_at.isoformat(),
+            "marked": sorted(marked.get(record.version, ())),
+            "trial": record.trial and record.trial.outcome,
+        }
+        for record in records
+    ]
+    told = {"user": user, "serving": serving, "trial": tried, "versions": versions}
+    answer(told, "\n".join(lines), as_json=as_json)
 
 
 @app.command()
@@ -333,6 +350,26 @@ def import_adapter(
 
     version = with_store(data, run)
     answer({"user": user, "version": version}, f"{user}: version {version}", as_json=as_json)
+
+
+@app.command()
+def population(
+    file: Annotated[
+        typer.FileBinaryRead, typer.Argument(help="JSON Lines, one turn a line; - is standard input.")
+    ],
+    epochs: Annotated[int, typer.Option(min=1, help="How often each turn is seen.")] = 1,
+    data: Data = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Train the adapter that everyone's first version starts from, on text of your choice. It never reads
+    what users wrote."""
+    asked = read_settings(data=data, model=model)
+    settings = running_settings(asked) or asked
+    with progress("learning") as show:
+        made = asyncio.run(operations.make_population(settings, file, epochs=epochs, on_progress=show))
+    kept = f"population adapter {made['number']}" if made["number"] else "not kept"
+    answer(made, f"{kept}, from {made['turns']} turns: {made['reason']}", as_json=as_json)
 
 
 @app.command("forget")

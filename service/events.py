@@ -266,7 +266,7 @@ def error_event(
     )
 
 
-_PUSHED = ("adapter.updated", "adapter.forgotten")
+_PUSHED = ("adapter.updated", "adapter.trial", "adapter.forgotten")
 _REFRESH_STATES = {
     "queued": "adapter.refresh.queued",
     "training": "adapter.refresh.progress",

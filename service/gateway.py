@@ -14,13 +14,15 @@ from starlette.applications import Starlette
 from engine.client import EngineClient
 from personalization.prompt import Renderer
 from personalization.store import Store, connect
+from personalization.trial import TrialPolicy
+from personalization.when import When
 from service import protocol
 from service.actions import Actions
 from service.app import GatewayDeps, GatewayOptions, build_app
 from service.auth import allowed_origins
 from service.samples import SAMPLES, ensure_samples
 from service.session import SessionOptions
-from service.settings import Settings, read_or_create_secret, token_key
+from service.settings import Settings, read_or_create_secret, token_key, trial_seed
 from service.uvicorn_protocol import AbortingWebSocketProtocol
 
 log = structlog.get_logger(__name__)
@@ -68,7 +70,7 @@ async def serve(app: Starlette, **where: Any) -> None:
         raise
 
 
-def session_options(settings: Settings) -> SessionOptions:
+def session_options(settings: Settings, secret: bytes) -> SessionOptions:
     """Sampling defaults as the model's makers set them in generation_config.json, where they did."""
     given: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -77,7 +79,9 @@ def session_options(settings: Settings) -> SessionOptions:
     return SessionOptions(
         temperature=_number(given.get("temperature"), plain.temperature),
         top_p=_number(given.get("top_p"), plain.top_p),
-        auto_refresh_after=settings.auto_refresh_after,
+        when=When(after_turns=settings.auto_refresh_after),
+        trial=TrialPolicy(share=settings.trial_share, replies=settings.trial_replies),
+        trial_seed=trial_seed(secret),
     )
 
 
@@ -113,7 +117,7 @@ async def run_gateway(settings: Settings) -> None:
             origins=allowed_origins(settings.host, settings.port, settings.origins),
             demo_hours=settings.token_hours if settings.demo_sessions else None,
             samples=[sample.shown() for sample in SAMPLES] if settings.demo_sessions else (),
-            session=session_options(settings),
+            session=session_options(settings, secret),
         )
         app = build_app(
             GatewayDeps(

@@ -13,6 +13,8 @@ from typing import Any
 
 from personalization.history import LineError, parse
 from personalization.store import Store
+from service.model_folder import resolve_model
+from service.settings import Settings
 
 Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
 LOOK_EVERY_S = 5.0
@@ -51,6 +53,38 @@ async def import_histories(store: Store, lines: Iterable[bytes], on_progress: Pr
     return Imported(len(parsed.turns), total, new, parsed.errors)
 
 
+# ---------------------------------------------------------------- population
+
+
+async def make_population(
+    settings: Settings, lines: Iterable[bytes], *, epochs: int, on_progress: Progress
+) -> dict[str, Any]:
+    """Train a population adapter on the histories in `lines`, in a process of its own. Raises Refused."""
+    from engine.weights import read_config
+    from personalization.population import NothingToLearn, Workshop, make
+    from personalization.prompt import Renderer
+    from personalization.trainer import Trainer, TrainerSettings
+
+    folder = resolve_model(settings.model)
+    config = await asyncio.to_thread(read_config, folder)
+    renderer = await asyncio.to_thread(Renderer, folder, config.max_position_embeddings)
+    trainer = Trainer(TrainerSettings(folder, settings.train_threads, settings.device))
+    workshop = Workshop(settings.population_root, config, renderer, trainer, settings.shown_model)
+    try:
+        made = await make(
+            lines,
+            workshop,
+            epochs=epochs,
+            now=datetime.now(UTC),
+            on_progress=lambda share: on_progress(share, "training"),
+        )
+    except NothingToLearn as error:
+        raise Refused(str(error)) from None
+    finally:
+        await trainer.stop()
+    return asdict(made)
+
+
 # ---------------------------------------------------------------- refresh
 
 
@@ -62,6 +96,7 @@ class Refreshed:
     job_id: str
     state: str
     published: bool = False
+    trial: bool = False
     version: int = 0
     reason: str = ""
 
@@ -96,6 +131,7 @@ async def refresh(
                     job_id=jobs[user],
                     state=state["state"],
                     published=bool(state.get("published")),
+                    trial=bool(state.get("trial")),
                     version=int(state.get("to") or 0),
                     reason=str(state.get("reason") or state.get("message") or ""),
                 )

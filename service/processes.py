@@ -118,6 +118,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
     from engine.weights import ModelError
     from personalization.prompt import TokenizerMissing
     from personalization.refresh import RefreshPolicy
+    from personalization.trial import TrialPolicy
     from personalization.worker import WorkerSettings
     from personalization.worker import run_worker as run
 
@@ -128,7 +129,8 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         model_folder=Path(settings.model),
         model_name=settings.shown_model,
         secret=read_or_create_secret(settings.secret_path),
-        policy=RefreshPolicy(auto_after=settings.auto_refresh_after),
+        policy=RefreshPolicy(trial_share=settings.trial_share),
+        trial=TrialPolicy(share=settings.trial_share, replies=settings.trial_replies),
         threads=settings.train_threads,
         device=settings.device,
         nightly_hour=settings.nightly_hour,

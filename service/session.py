@@ -21,6 +21,8 @@ from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingPa
 from personalization.history import Turn
 from personalization.prompt import Prompt, PromptTooLong, Renderer
 from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable
+from personalization.trial import TrialPolicy, on_trial, settle
+from personalization.when import When, due_now
 from service.errors import BadRequest, Conflict, ContextTooLong, ModelNotFound, Unavailable
 from service.generation import FellBack, Generation
 from service.input import Said, brought_turns, checked_turn
@@ -46,7 +48,9 @@ class SessionOptions:
     temperature: float = 0.8
     top_p: float = 0.95
     max_output_tokens: int = 256
-    auto_refresh_after: int = 50  # learned turns; 0: never by itself
+    when: When = field(default_factory=When)  # a refresh starts by itself
+    trial: TrialPolicy = field(default_factory=TrialPolicy)  # a new version is promoted or rolled back
+    trial_seed: bytes = b""  # decides which replies a version on trial answers; secret, at most 64 bytes
     engine_patience: float = 120.0
 
 
@@ -121,7 +125,7 @@ class Session:
         sampling = self._sampling(asked)
 
         recalled, read = await self._recall(user)
-        version = await self._version(user, model, asked.model, recalled.pointer)
+        version = await self._version(user, model, asked.model, recalled.pointer, name)
         where = conversation or f"conv_{name}"
         now = datetime.fromtimestamp(self.clock(), UTC)
         current = await self._conversation(user, where, recalled, new=not (conversation and stored_turns))
@@ -173,9 +177,11 @@ class Session:
     async def prefetch(self, user: str) -> None:
         """Have the engine fetch the person's adapter; a hint, so nothing here may fail what follows."""
         pointer = await self.pointer(user)
-        if pointer.version and self.engine.connected:
-            with suppress(EngineLost):
-                await self.engine.prefetch(AdapterRef(self.store.adapter_id(user), pointer.version))
+        tried = 0 if pointer.trial is None else pointer.trial.version
+        for version in filter(None, (pointer.version, tried)):
+            if self.engine.connected:
+                with suppress(EngineLost):
+                    await self.engine.prefetch(AdapterRef(self.store.adapter_id(user), version))
 
     # ------------------------------------------------------------ speak
 
@@ -211,6 +217,8 @@ class Session:
         await replies.write(reply, writing.closing(ending, finished.usage, numbers, self.clock()))
         self._count(ending, finished, generation.first_token_s)
         if writing.history_saved:
+            if self._may_be_tried(plan.user, writing.version):
+                await self.settle_trial(plan.user)
             await self._maybe_refresh(plan.user)
 
     async def _listen(
@@ -236,13 +244,30 @@ class Session:
             await pen.lift()
         return finished
 
+    def _may_be_tried(self, user: str, version: int) -> bool:
+        """Whether the version that wrote a reply is on trial, as far as this process knows."""
+        known = self._remembered.get(user)
+        return known is None or (known.pointer.trial is not None and known.pointer.trial.version == version)
+
+    async def settle_trial(self, user: str) -> None:
+        """After a reply or a rating: end the person's trial if enough was said. It never costs either."""
+        try:
+            now = datetime.fromtimestamp(self.clock(), UTC)
+            end = await self.health.ask(lambda: settle(self.store, user, self.options.trial, now))
+            if end is not None:
+                log.info("trial.ended", version=end.version, outcome=end.outcome, **end.numbers)
+        except StoreUnavailable:
+            pass
+        except Exception:
+            log.exception("a trial could not be settled")
+
     async def _maybe_refresh(self, user: str) -> None:
-        """Ask for a refresh once enough was said that no refresh has seen. It never costs the reply."""
-        if not self.options.auto_refresh_after:
+        """Ask for a refresh once it pays. It never costs the reply."""
+        if not self.options.when.after_turns:
             return
         try:
-            fresh = await self.health.ask(lambda: self.store.learned_since_refresh(user))
-            if fresh >= self.options.auto_refresh_after:
+            standing = await self.health.ask(lambda: self.store.standing(user))
+            if due_now(standing, self.options.when).due:
                 await self.refresh(user, "turns")
         except StoreUnavailable:
             pass
@@ -269,10 +294,16 @@ class Session:
     def forget(self, user: str) -> None:
         self._remembered.pop(user, None)
 
-    async def _version(self, user: str, model: ModelName, asked: str, pointer: Pointer) -> int:
-        """The adapter version a model name means for this person. Raises ModelNotFound, Unavailable."""
+    async def _version(
+        self, user: str, model: ModelName, asked: str, pointer: Pointer, reply_name: str
+    ) -> int:
+        """The adapter version a model name means for this person's reply. Raises ModelNotFound,
+        Unavailable."""
         if model.base or model.version == 0:
             return 0
+        if model.version is None and pointer.trial is not None:
+            tried = on_trial(pointer, reply_name, self.options.trial_seed)
+            return pointer.trial.version if tried else pointer.version
         if model.version is None or model.version == pointer.version:
             return pointer.version
         try:
@@ -290,7 +321,7 @@ class Session:
         except StoreUnavailable:
             return []
         return sorted(
-            (record.version for record in records if record.accepted and record.version < bad), reverse=True
+            (record.version for record in records if record.usable and record.version < bad), reverse=True
         )
 
     async def _conversation(

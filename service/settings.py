@@ -73,6 +73,8 @@ class Settings(BaseModel):
     # learning
     auto_refresh_after: int = Field(default=50, ge=0)  # new learned turns; 0: never by itself
     nightly_hour: Annotated[int | None, BeforeValidator(_optional)] = Field(default=3, ge=0, le=23)  # local
+    trial_share: float = Field(default=0.0, ge=0, lt=1)  # of the replies, for a new version; 0: all at once
+    trial_replies: int = Field(default=30, ge=1)  # after so many without ratings against it, all
     train_threads: int = Field(default=0, ge=0)  # 0: all cores
 
     # people
@@ -126,6 +128,10 @@ class Settings(BaseModel):
     @property
     def adapter_root(self) -> Path:
         return self.data / "adapters"
+
+    @property
+    def population_root(self) -> Path:
+        return self.data / "population"
 
     @property
     def secret_path(self) -> Path:
@@ -225,6 +231,11 @@ def read_or_create_secret(path: Path) -> bytes:
     if len(secret) != SECRET_BYTES:
         raise SettingsError(str(path), f"expected {2 * SECRET_BYTES} hex digits, got something else")
     return secret
+
+
+def trial_seed(secret: bytes) -> bytes:
+    """What decides which replies a version on trial answers: the same ones on every gateway."""
+    return hmac.new(secret, b"attune trials", hashlib.sha256).digest()
 
 
 def token_key(secret: bytes) -> bytes:

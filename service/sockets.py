@@ -321,6 +321,7 @@ class Socket:
         except InvalidTurn as error:
             raise BadRequest(str(error), param=error.field) from None
         self._put(answer)
+        await self.services.session.settle_trial(user)
 
     async def _prefetch(self) -> None:
         now = asyncio.get_running_loop().time()

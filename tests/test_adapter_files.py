@@ -257,6 +257,40 @@ def test_an_adapter_for_a_wider_model_is_refused(folder: Path, config: ModelConf
         read_adapter(folder, config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("odd", [False, True])
+def test_numbers_may_stay_as_they_are_stored(
+    tmp_path: Path, config: ModelConfig, dtype: torch.dtype, odd: bool
+) -> None:
+    """Whatever the length of the header, by which the numbers may begin at any byte."""
+    weights = random_weights(config, all_modules(config))
+    write_adapter(tmp_path, weights, config, base_model="base", dtype=dtype)
+    if odd:
+        path = tmp_path / "adapter_model.safetensors"
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        path.write_bytes((length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :])
+    stored, converted = read_adapter(tmp_path, config, dtype=None), read_adapter(tmp_path, config)
+    for s, c, w in zip(stored.modules, converted.modules, weights.modules, strict=True):
+        assert s.a.dtype == s.b.dtype == dtype
+        assert torch.equal(s.a, w.a.to(dtype))
+        assert torch.equal(s.b, w.b.to(dtype))
+        assert torch.equal(c.a, s.a.float())
+        assert torch.equal(c.b, s.b.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_refused_in_sixteen_bits(
+    tmp_path: Path, config: ModelConfig, dtype: torch.dtype, value: float
+) -> None:
+    weights = random_weights(config, {(1, "q_proj"): 3})
+    weights.modules[0].b.view(-1)[5] = value
+    write_adapter(tmp_path, weights, config, base_model="base", dtype=dtype)
+    with pytest.raises(NotFinite, match=r"1\.self_attn\.q_proj\.lora_B"):
+        read_adapter(tmp_path, config, dtype=None)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("half", ["A", "B"])
 def test_one_number_that_is_not_finite_is_refused(

@@ -29,8 +29,9 @@ def turn(number: int, **changes: Any) -> Turn:
 
 
 async def test_everything_of_ours_wants_a_credential(service: TinyService) -> None:
+    versions = ("versions", "versions/1/turns")
     paths = {
-        "GET": ("me", "conversations", "conversations/c", "versions", "export", "turns/learned"),
+        "GET": ("me", "conversations", "conversations/c", "export", "turns/learned", *versions),
         "POST": ("tickets", "rollback", "refresh", "import"),
         "DELETE": ("me", "turns/t/learning"),
     }
@@ -120,6 +121,32 @@ async def test_versions_are_shown_and_one_can_be_gone_back_to(service: TinyServi
         assert (await ben.post("/attune/rollback", json={"version": 1})).status_code == 404
         assert (await client.post("/attune/rollback", json={"version": "x"})).status_code == 400
         assert gateway.calls.rollbacks == [("ann", 1)]
+
+
+async def test_what_a_version_learned_from_is_shown_and_taking_one_out_marks_it(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client, web(gateway, "ben") as ben:
+        await service.store.append("ann", [turn(0), turn(1), turn(2)])
+        await service.give_adapter("ann", 1, turn_ids=["t0"])
+        await service.give_adapter("ann", 2, turn_ids=["t1", "t2"])
+        told = (await client.get("/attune/versions/2/turns")).json()
+        assert [(each["id"], each["text"], each["learned"]) for each in told["turns"]] == [
+            ("t1", "turn 1", True),
+            ("t2", "turn 2", True),
+        ]
+        assert (await ben.get("/attune/versions/2/turns")).status_code == 404
+        assert (await client.get("/attune/versions/9/turns")).status_code == 404
+        assert await marked(client) == {2: 0, 1: 0}
+        await client.delete("/attune/turns/t1/learning")
+        assert await marked(client) == {2: 1, 1: 0}
+        await client.delete("/attune/turns/t0/learning")
+        assert await marked(client) == {2: 2, 1: 1}
+        told = (await client.get("/attune/versions/2/turns")).json()
+        assert [each["learned"] for each in told["turns"]] == [False, True]
+
+
+async def marked(client: httpx2.AsyncClient) -> dict[int, int]:
+    shown = (await client.get("/attune/versions")).json()["versions"]
+    return {each["version"]: each["marked"] for each in shown}
 
 
 async def test_a_refresh_is_asked_for_by_its_person(service: TinyService) -> None:

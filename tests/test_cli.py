@@ -9,10 +9,12 @@ import jwt
 import pytest
 from typer.main import get_command
 
+from personalization.history import dump
 from service.auth import ALGORITHM, AUDIENCE
 from service.cli import app
 from service.settings import read_or_create_secret, token_key
 from tests.running_service import free_port
+from tests.small_model import save_small_model, talk
 
 
 def attune(*arguments: str, code: int = 0, **environment: str) -> str:
@@ -63,12 +65,29 @@ def test_every_command_has_help_and_json() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert set(commands) == {
         "serve", "engine", "gateway", "worker", "token", "chat", "import", "export", "refresh", "adapters",
-        "rollback", "import-adapter", "forget",
+        "rollback", "import-adapter", "population", "forget",
     }  # fmt: skip
     for name, command in commands.items():
         assert command.help, name
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--data", "--json"} <= options, name
+
+
+def test_a_population_adapter_is_made_of_a_file_without_a_running_service(tmp_path: Path) -> None:
+    model, data = save_small_model(tmp_path / "model"), tmp_path / "data"
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(dump("book", talk("book", 60))))
+    arguments = ("population", str(file), "--epochs", "20", "--model", str(model), "--data", str(data))
+    made = json.loads(attune(*arguments, "--json"))
+    assert (made["number"], made["turns"]) == (1, 54)
+    assert made["numbers"]["gain"] > 0
+    assert sorted(path.name for path in (data / "population" / "1").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "attune.json",
+    ]
+    file.write_text("nothing")
+    assert "expected turns that a person wrote" in attune(*arguments, code=2)
 
 
 def test_a_model_that_cannot_be_served_ends_the_service_with_the_reason(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def test_an_unknown_key_is_an_error_that_names_it() -> None:
         ("max_running", True, "an integer, 1 or more"),
         ("max_tokens_per_step", 8.0, "an integer, 1 or more"),
         ("block_size", 0, "an integer, 1 or more"),
+        ("load_threads", 0, "an integer, 1 or more"),
         ("host_cache_bytes", -1, "an integer, 0 or more"),
         ("disconnect_grace_s", float("nan"), "a number, 0 or more"),
         ("ageing_tokens_per_s", "fast", "a number, 0 or more"),

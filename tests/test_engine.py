@@ -521,7 +521,7 @@ def test_a_step_does_not_wait_for_a_load(
 ) -> None:
     gate = threading.Event()
 
-    def slow(folder: Path, config: ModelConfig) -> LoraWeights:
+    def slow(folder: Path, config: ModelConfig, *, dtype: torch.dtype | None) -> LoraWeights:
         assert gate.wait(30)
         return random_adapter(config, 1)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personalization.examples import Split, split
+from personalization.examples import Split, cut_by_time, serving_rows, split
 from personalization.history import Turn, learned
 from personalization.prompt import Example, Renderer
 from tests.tiny_tokenizers import TEMPLATES, write_tokenizer
@@ -191,3 +191,37 @@ def test_one_learned_turn_is_trained_on_and_two_are_shared(renderer: Renderer) -
 def test_a_split_that_cannot_be_is_refused(wrong: dict[str, float], message: str, renderer: Renderer) -> None:
     with pytest.raises(ValueError, match=message):
         split(talk(4), renderer, **wrong)
+
+
+def test_time_cuts_a_history_into_seven_one_and_two_tenths_of_what_is_learned() -> None:
+    turns = talk(101)
+    parts = cut_by_time(list(reversed(turns)))
+    assert [*parts.history, *parts.gate, *parts.test] == turns
+    assert [sum(map(learned, part)) for part in (parts.history, parts.gate, parts.test)] == [36, 5, 10]
+    assert all(learned(part[0]) for part in (parts.gate, parts.test))
+    few = cut_by_time(talk(3))
+    assert (len(few.history), few.gate, few.test) == (3, [], [])
+
+
+@pytest.mark.parametrize("context", [64, 160, 4096])
+def test_a_held_out_turn_stands_behind_the_very_prompt_that_serving_would_give(
+    tmp_path: pytest.TempPathFactory, context: int
+) -> None:
+    renderer = Renderer(write_tokenizer(tmp_path, TEMPLATES["demo"]), context)
+    turns = [turn(place, ("user", "assistant")[place % 2], author="person") for place in range(60)]
+    before, judged = turns[:40], turns[40:]
+    rows = serving_rows(before, judged, renderer, reply_tokens=16)
+    assert taught(renderer, rows) == words(judged)
+    for reply in judged[1::2]:
+        place = turns.index(reply)
+        prompt = renderer.prompt(turns[: place - 6], turns[place - 6 : place], max_new_tokens=16)
+        expected = (*prompt.token_ids, *renderer._encode(reply.text))
+        assert any(row.token_ids[: len(expected)] == expected for row in rows), reply.id
+    assert len(rows) == 1 if context == 4096 else len(rows) > 1
+
+
+def test_held_out_rows_are_cut_at_the_context_and_hold_only_what_was_asked_for(renderer: Renderer) -> None:
+    long = turn(0, text="word " * 3000)
+    (row,) = serving_rows([], [long, turn(1), turn(2)], renderer, learn=lambda each: each.id == "t0")
+    assert len(row.token_ids) == renderer.context_length
+    assert serving_rows([turn(0)], [turn(1, "assistant")], renderer) == []

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -16,6 +17,7 @@ import websockets
 
 from personalization.history import Turn
 from personalization.store import Store, connect
+from personalization.when import When
 from service.session import NOT_SAVED, SessionOptions
 from tests.redis_fixture import SECRET, RedisServer
 from tests.tiny_service import TOKEN_KEY, Running, TinyService
@@ -345,14 +347,15 @@ async def test_a_reply_keeps_its_version_while_a_new_one_is_published(service: T
 
 
 async def test_enough_new_turns_ask_for_a_refresh(service: TinyService) -> None:
-    session = SessionOptions(max_output_tokens=2, auto_refresh_after=2)
+    eager = When(minimum_turns=2, after_turns=2, worth_at_once=0.001)
+    session = SessionOptions(max_output_tokens=2, when=eager)
     async with service.gateway(session=session) as gateway:
         client = gateway.client("ann")
         for expected in ([], [("ann", "turns")]):
             await client.responses.create(model="me", input="hello")
             await asyncio.sleep(0.1)
             assert gateway.calls.refreshes == expected
-        never = SessionOptions(max_output_tokens=2, auto_refresh_after=0)
+        never = SessionOptions(max_output_tokens=2, when=replace(eager, after_turns=0))
         async with service.gateway(session=never) as other:
             await other.client("ann").responses.create(model="me", input="hello")
             await asyncio.sleep(0.1)

@@ -21,7 +21,7 @@ ONLY_IN = {
 }
 ENVIRONMENT = {"os.environ", "os.getenv", "sys.argv"}
 ENTRIES = {"service/cli.py", "service/leash.py"}  # programs; everything else is given what it needs
-NOT_OURS = {"node_modules", "dist", "data", "__pycache__"}
+NOT_OURS = {"node_modules", "dist", "data", "carry", "__pycache__"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -171,3 +171,21 @@ def test_an_image_can_be_kept_in_sixteen_bits() -> None:
     packed = pack_adapter(weights_of(TINY, {(0, "q_proj"): 8}), TINY, 4000, dtype=torch.bfloat16)
     assert packed.image.dtype == torch.bfloat16
     assert packed.nbytes == packed.image.numel() * 2
+
+
+@settings(deadline=None)
+@given(ranks=ranks_strategy, spare=st.integers(0, 3000))
+def test_every_number_of_an_image_is_written_whatever_was_there_before(
+    ranks: dict[tuple[int, str], int], spare: int
+) -> None:
+    def used(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    weights, slab_elems = weights_of(TINY, ranks), min_slab_elems(TINY) + spare
+    packed = pack_adapter(weights, TINY, slab_elems, torch.bfloat16, used)
+    assert packed.image.isfinite().all()
+    for x, y in zip(weights.modules, unpack(packed.layout, packed.image).modules, strict=True):
+        assert torch.equal(x.a.bfloat16().float(), y.a)
+        assert torch.equal(x.b.bfloat16().float(), y.b)
+    used_elems = sum(m.rank * (m.a.shape[1] + m.b.shape[0]) for m in weights.modules)
+    assert (packed.image == 0).sum() >= packed.image.numel() - used_elems

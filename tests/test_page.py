@@ -4,19 +4,29 @@ One service and one browser for all; each test is a person of its own on a fresh
 watched: a request to another host, a breach of its policy or an uncaught error fails the test that caused it.
 """
 
+import asyncio
 import json
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
+from engine.adapter_files import LoraModule, LoraWeights
+from engine.weights import read_config
+from personalization.publish import Origin, Shelf, note_refusal, publish
+from personalization.store import Store, connect
+from service import demo_model
+from service.settings import Settings, read_or_create_secret
 from tests.running_service import RunningService, running_service
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
@@ -392,6 +402,107 @@ def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_tak
     expect(page.locator("#adapter-chip")).to_have_text("base")
     page.get_by_role("button", name="Use this").click()
     expect(page.locator("#adapter-chip")).to_have_text("v1")
+
+
+def give_version(
+    service: RunningService, user: str, *, gain: float, accepted: bool = True, share: float = 0.0
+) -> None:
+    """What a refresh would have come to, without the minutes it takes: a real version, a refusal or a trial,
+    learned from all the person's turns."""
+
+    async def give() -> None:
+        settings = Settings(data=service.data)
+        store = Store(connect(settings.redis_address), read_or_create_secret(settings.secret_path))
+        config = read_config(demo_model.path())
+        a, b = torch.full((2, config.hidden_size), 0.01), torch.full((config.hidden_size, 2), 0.01)
+        pointer = await store.pointer(user)
+        origin = Origin(
+            base_model="demo",
+            base_hash="",
+            created_at=datetime.now(UTC),
+            reason="better: measured" if accepted else "no measurable change yet: measured",
+            parent=pointer.version,
+            examples=9,
+            turn_ids=tuple(turn.id for turn in await store.turns(user)),
+            numbers={
+                "turns": 12.0, "loss_before": 4.0, "loss_after": 4.0 - gain,
+                "gain": gain, "gain_low": gain - 0.1, "gain_high": gain + 0.1,
+            },
+        )  # fmt: skip
+        if accepted:
+            weights = LoraWeights((LoraModule(0, "o_proj", a, b, 1.0),))
+            shelf = Shelf(settings.adapter_root, config, free_bytes_floor=0)
+            await publish(shelf, store, user, weights, origin, pointer, share=share)
+        else:
+            await note_refusal(store, user, origin, pointer)
+        await store.close()
+
+    with ThreadPoolExecutor(1) as thread:  # Playwright's loop runs in this one
+        thread.submit(asyncio.run, give()).result()
+
+
+def test_what_a_version_learned_from_is_read_and_taken_out_on_the_page(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("reader")
+    bring_in(page, history("reader"))
+    give_version(service, "reader", gain=0.4)
+    version = page.locator("[data-version='1']")
+    expect(version.locator(".interval")).to_be_visible()
+    expect(version).to_contain_text("−10.0 % loss on 12 unseen turns")
+    version.get_by_text("Learned from 120 turns").click()
+    expect(version.locator(".learned li")).to_have_count(12)
+    version.get_by_role("button", name="Show all").click()
+    expect(version.locator(".learned li")).to_have_count(120)
+    expect(version.locator(".taken-out")).to_have_count(0)
+    oldest = version.locator(".learned li").last
+    expect(oldest).to_contain_text("Ahoy, captain! The harbour is quiet")
+    oldest.get_by_role("button", name="Do not learn from this").click()
+    expect(version.locator(".taken-out")).to_contain_text("Learned from 1 turn that you took out since.")
+    expect(version.locator("[data-gone]")).to_have_count(1)
+    (listed,) = service.json("adapters", "reader")["versions"]
+    assert len(listed["marked"]) == 1
+    assert service.attune("adapters", "reader").startswith("*!   1 ")
+    page.reload()
+    expect(version.locator(".taken-out")).to_be_visible()
+
+
+def test_a_refused_refresh_leaves_its_numbers_on_the_page(open_page: Open, service: RunningService) -> None:
+    page = open_page("undecided")
+    bring_in(page, history("undecided"))
+    give_version(service, "undecided", gain=0.02, accepted=False)
+    page.reload()
+    version = page.locator("[data-version='1']")
+    expect(version).to_contain_text("not published")
+    expect(version).to_contain_text("No measurable change yet.")
+    expect(version).to_contain_text("−0.5 % loss on 12 unseen turns")
+    expect(version.locator(".interval")).to_be_visible()
+    expect(version.get_by_text("Trained on 120 turns")).to_be_visible()
+    expect(page.locator("#adapter-chip")).to_have_text("base")
+
+
+def test_a_version_on_trial_shows_its_votes_and_is_ended_by_hand(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("taster")
+    bring_in(page, history("taster"))
+    give_version(service, "taster", gain=0.4)
+    give_version(service, "taster", gain=0.2, share=0.5)
+    trial = page.locator("[data-version='2']")
+    expect(trial.locator(".tag")).to_have_text("on trial")
+    expect(trial).to_contain_text("Answers 50 % of your messages")
+    for count in range(1, 12):
+        say(page, "Good morning")
+        reply_ended(page, count)
+        if page.locator(".reply .badge").last.inner_text().startswith("v2"):
+            page.get_by_role("button", name="Bad reply").last.click()
+            break
+    told = re.compile("^1 of 30 replies · 0 up, 1 down · v1 has 0 up, 0 down$")
+    expect(trial.locator(".tally")).to_have_text(told)
+    assert "on trial, 50% of the replies" in service.attune("adapters", "taster")
+    trial.get_by_role("button", name="End the trial").click()
+    expect(trial).to_contain_text("Its trial was ended by hand.", timeout=REPLY_MS)
+    expect(page.locator("[data-version='1'] .tag")).to_have_text("answers now")
 
 
 def test_the_page_is_small_and_holds_nothing_inline(service: RunningService) -> None:

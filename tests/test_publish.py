@@ -88,7 +88,7 @@ async def test_a_job_from_before_the_person_was_forgotten_publishes_nothing(shel
 async def test_forgetting_between_number_and_pointer_takes_the_folder_away_again(shelf, store, monkeypatch):
     await known(store)
     parent = await store.pointer("ann")
-    place = room._place
+    place = room.place
 
     def place_while_forgotten(folder, *rest):
         place(folder, *rest)
@@ -96,7 +96,7 @@ async def test_forgetting_between_number_and_pointer_takes_the_folder_away_again
         placed.append(folder)
 
     placed: list[Path] = []
-    monkeypatch.setattr(room, "_place", place_while_forgotten)
+    monkeypatch.setattr(room, "place", place_while_forgotten)
     number = store.next_version
 
     async def number_then_forget(user, **rest):
@@ -170,6 +170,36 @@ async def test_rolling_back_and_forward_again(shelf, store):
     assert await room.publish(shelf, store, "ann", weights(0.3), ORIGIN, await store.pointer("ann")) == 3
 
 
+async def test_on_trial_the_version_before_stays_and_either_can_be_chosen_by_hand(shelf, store):
+    await known(store)
+    await room.publish(shelf, store, "ann", weights(0.1), ORIGIN, await store.pointer("ann"))
+    for expected in (1, 3):
+        before = await store.pointer("ann")
+        version = await room.publish(shelf, store, "ann", weights(0.2), ORIGIN, before, share=0.25)
+        pointer = await store.pointer("ann")
+        assert (pointer.version, pointer.trial.version, pointer.trial.share) == (1, version, 0.25)
+        chosen = version if expected == 3 else 1
+        await room.rollback(shelf, store, "ann", chosen)
+        pointer = await store.pointer("ann")
+        assert (pointer.version, pointer.trial) == (expected, None)
+    ends = [record.trial for record in await store.versions("ann")]
+    assert [end and end.outcome for end in ends] == [None, "by hand", "by hand"]
+
+
+async def test_a_version_published_during_a_trial_takes_its_place(shelf, store):
+    await known(store)
+    for share in (0.0, 0.25, 0.25):
+        await room.publish(shelf, store, "ann", weights(), ORIGIN, await store.pointer("ann"), share=share)
+    pointer = await store.pointer("ann")
+    assert (pointer.version, pointer.trial.version) == (1, 3)
+    await room.publish(shelf, store, "ann", weights(), ORIGIN, pointer)
+    pointer = await store.pointer("ann")
+    assert (pointer.version, pointer.trial) == (4, None)
+    ends = [record.trial for record in await store.versions("ann")]
+    assert [end and end.outcome for end in ends] == [None, "replaced", "replaced", None]
+    assert on_disk(shelf) == ["1", "2", "3", "4"]
+
+
 async def test_one_cannot_go_back_to_what_was_never_published(shelf, store):
     await known(store)
     refused = await room.note_refusal(store, "ann", ORIGIN, await store.pointer("ann"))
@@ -234,7 +264,7 @@ async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store):
 async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shelf, store):
     adapter_id = await known(store)
     folder = shelf.root / adapter_id / "1"
-    room._place(folder, weights(), room._meta(1, 0, ORIGIN), CONFIG)
+    room.place(folder, weights(), room._meta(1, ORIGIN), CONFIG)
     assert await store.next_version("ann") == 1
     assert await store.compare_and_set("ann", 0, 1)
     await room.tidy(shelf, store, now=time.time() + 7200)

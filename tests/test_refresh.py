@@ -15,6 +15,7 @@ import pytest_asyncio
 from engine.adapter_files import read_adapter
 from engine.weights import load_model, read_config
 from personalization.history import learned
+from personalization.lineage import marks
 from personalization.prompt import Example, Renderer
 from personalization.publish import Shelf
 from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
@@ -159,6 +160,101 @@ async def test_a_candidate_that_is_not_better_leaves_its_numbers_and_the_pointer
     assert not record.accepted
     assert record.numbers["turns"] == 4
     assert not list(kit.shelf.root.glob("*/*"))
+
+
+@on_one_loop
+async def test_after_a_learned_turn_is_taken_out_the_next_version_starts_where_it_was_unknown(
+    kit: Kit, store: Store
+):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    await store.append("ann", talk("ann", 40, first=40))
+    await run(["ann"], kit)
+    assert (await store.pointer("ann")).version == 2
+    await store.remove_turn("ann", "ann-50")
+    await store.append("ann", talk("ann", 20, first=80))
+    await run(["ann"], kit)
+    records = {record.version: record for record in await store.versions("ann")}
+    assert [records[version].parent for version in (1, 2, 3)] == [0, 1, 1]
+    assert "ann-50" in records[2].turn_ids
+    assert "ann-50" not in records[3].turn_ids
+    assert "ann-51" in records[3].turn_ids
+    assert (await store.pointer("ann")).version in (1, 3)
+    await store.remove_turn("ann", "ann-3")
+    await run(["ann"], kit)
+    newest = (await store.versions("ann"))[-1]
+    assert (newest.version, newest.parent, newest.accepted) == (4, 0, True)
+    assert marks(await store.versions("ann"), await store.learned_ids("ann")).keys() >= {1, 2}
+
+
+@on_one_loop
+async def test_a_new_version_goes_on_trial_where_that_is_wanted(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    trying = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, trial_share=0.25))
+    await store.append("ann", talk("ann", 40, first=40))
+    ended, _ = await run(["ann"], trying)
+    outcome = ended["ann"]
+    assert (outcome.published, outcome.trial, outcome.before, outcome.after) == (True, True, 1, 2)
+    assert outcome.message()["trial"] is True
+    pointer = await store.pointer("ann")
+    assert (pointer.version, pointer.trial and pointer.trial.version) == (1, 2)
+    # What the one on trial learned from is taken out: it answers nothing more, and the next learns without.
+    await store.remove_turn("ann", "ann-60")
+    assert (await store.standing("ann")).marked
+    await run(["ann"], trying)
+    pointer = await store.pointer("ann")
+    assert pointer.version == 1
+    assert pointer.trial is None or pointer.trial.version == 3
+    records = {record.version: record for record in await store.versions("ann")}
+    assert records[2].trial is not None
+    assert records[2].trial.outcome == "taken out"
+    assert records[3].parent == 1
+    assert "ann-60" not in records[3].turn_ids
+
+
+@on_one_loop
+async def test_a_version_that_saw_what_was_taken_out_is_left_even_for_nothing_better(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    await store.remove_turn("ann", "ann-3")
+    never = dataclasses.replace(POLICY, gate=dataclasses.replace(POLICY.gate, min_gain=50.0))
+    ended, _ = await run(["ann"], dataclasses.replace(kit, policy=never))
+    outcome = ended["ann"]
+    assert (outcome.state, outcome.published, outcome.before, outcome.after) == ("completed", False, 1, 0)
+    assert outcome.reason.startswith(
+        "version 1 had learned from turns since taken out, the base model answers again; no measurable"
+    )
+    assert outcome.numbers["turns"] == 4
+    assert (await store.pointer("ann")).version == 0
+
+
+@on_one_loop
+async def test_it_is_left_too_when_too_little_remains_to_learn_from(kit: Kit, store: Store):
+    kit = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, minimum_turns=40))
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    await store.remove_turn("ann", "ann-3")
+    ended, _ = await run(["ann"], kit)
+    assert (ended["ann"].before, ended["ann"].after) == (1, 0)
+    assert ended["ann"].reason.endswith("not enough turns yet: 39 of 40 to learn from")
+    assert (await store.pointer("ann")).version == 0
+
+
+def test_a_turn_taken_out_is_in_no_row_not_even_as_context(renderer: Renderer):
+    turns = [
+        dataclasses.replace(turn, text="w49 w48 w47 w46", removed=True) if turn.id == "ann-30" else turn
+        for turn in talk("ann", 60)
+    ]
+    words = tuple(renderer.example([turns[30]]).token_ids)[1:-1]
+    lesson = choose(turns, [], 0, renderer, dataclasses.replace(POLICY, row_tokens=64))
+    assert "ann-30" not in lesson.all_turns
+    assert len(lesson.trained_turns) == 53
+    assert not any(
+        row.token_ids[at : at + len(words)] == words
+        for row in lesson.train
+        for at in range(len(row.token_ids))
+    )
 
 
 @on_one_loop

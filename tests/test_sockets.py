@@ -162,6 +162,20 @@ async def test_feedback_is_saved_and_a_correction_is_a_turn(service: TinyService
         assert (correction.text, correction.author, correction.corrects) == ("say this", "person", item)
 
 
+async def test_the_next_reply_reads_a_correction_where_the_reply_was(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="hello")
+        first = (await until(connection, *ENDS))[-1]["response"]["output"][0]
+        await send(connection, type="feedback.create", item_id=first["id"], correction="say this")
+        await until(connection, "feedback.created")
+        await send(connection, type="response.create", input="and now?", max_output_tokens=2)
+        last = (await until(connection, *ENDS))[-1]["response"]
+        reply = await gateway.gateway.replies.find("ann", last["id"])
+        read = service.model.renderer().decode(reply.plan.prompt)
+        assert read == "hellosay thisand now?"
+        assert await service.store.learned_count("ann") == 3
+
+
 async def test_feedback_on_anothers_turn_is_an_unknown_turn(service: TinyService) -> None:
     async with service.gateway() as gateway:
         reply = await gateway.client("ann").responses.create(model="me", input="hello")

@@ -16,6 +16,7 @@ from personalization.store import (
     HistoryForgotten,
     LeaseLost,
     Pointer,
+    Standing,
     Store,
     UnknownResponse,
     UnknownTurn,
@@ -535,3 +536,26 @@ async def test_a_ticket_runs_out(store: Store) -> None:
     await store.put_ticket("hash", b"ann", ttl_s=0.02)
     await asyncio.sleep(0.05)
     assert await store.take_ticket("hash") is None
+
+
+async def test_the_standing_says_what_is_new_and_whether_what_serves_has_seen_what_was_taken_out(
+    store: Store,
+) -> None:
+    assert await store.standing("ann") == Standing(0, 0, None, False)
+    await store.append("ann", [turn("a"), turn("b", 1), turn("c", 2)])
+    records = [
+        VersionRecord(1, 0, NOON, True, "better", {"gain": 0.1}, 1, ("a",)),
+        VersionRecord(2, 1, NOON, False, "worse", {"gain": -0.1}, 1, ("a", "b")),
+    ]
+    for record in records:
+        assert await store.next_version("ann") == record.version
+        await store.add_version("ann", record)
+    await store.compare_and_set("ann", 0, 1)
+    await store.mark_refreshed("ann", ["a", "b"])
+    assert await store.standing("ann") == Standing(3, 1, records[1], False)
+    await store.remove_turn("ann", "b")  # only the refused one saw it
+    assert await store.standing("ann") == Standing(2, 1, records[1], False)
+    await store.remove_turn("ann", "a")
+    assert await store.standing("ann") == Standing(1, 1, records[1], True)
+    await store.compare_and_set("ann", 1, 0)
+    assert not (await store.standing("ann")).marked

@@ -225,6 +225,51 @@ def test_someone_whose_numbers_break_stops_alone():
     torch.testing.assert_close(flat(whole.weights), flat(alone.weights), rtol=0, atol=2e-5)
 
 
+def test_a_pull_keeps_the_weights_near_their_start_and_one_step_is_as_written():
+    model = small_model()
+    start = random_adapter(1)
+    rows = habits(1, 12)
+    free, pulled = (
+        train(model, [Person(rows, seed=1, start=start)], dataclasses.replace(RECIPE, pull=pull))[0]
+        for pull in (0.0, 50.0)
+    )
+    moved = [(flat(each.weights) - flat(start)).norm() for each in (free, pulled)]
+    assert moved[1] < 0.7 * moved[0]
+    # The first step begins at the start, so a pull changes nothing yet.
+    once = dataclasses.replace(RECIPE, epochs=1, tokens_per_step=400)
+    (one,) = train(model, [Person(rows, seed=1, start=start)], once)
+    (other,) = train(model, [Person(rows, seed=1, start=start)], dataclasses.replace(once, pull=50.0))
+    assert torch.equal(flat(one.weights), flat(other.weights))
+
+
+def test_an_example_without_emphasis_is_not_learned_from():
+    model = small_model()
+    own, others = habits(1, 10), habits(2, 10)
+    recipe = dataclasses.replace(RECIPE, tokens_per_step=2048, epochs=6)
+    heard = Person([*own, *others], seed=1, emphasis=[1.0] * 10 + [1e-6] * 10)
+    (emphasized,) = train(model, [heard], recipe)
+    (alone,) = train(model, [Person(own, seed=1)], recipe)
+    torch.testing.assert_close(flat(emphasized.weights), flat(alone.weights), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="emphasis: expected one for each of 20 examples, got 3"):
+        train(model, [dataclasses.replace(heard, emphasis=[1.0] * 3)], recipe)
+    with pytest.raises(ValueError, match="emphasis: expected positive numbers"):
+        train(model, [dataclasses.replace(heard, emphasis=[1.0] * 19 + [0.0])], recipe)
+
+
+def test_people_of_one_stack_may_have_recipes_of_their_own():
+    model = small_model()
+    quick = dataclasses.replace(RECIPE, learning_rate=1e-2, epochs=1, clip=0.5, pull=3.0)
+    people = [Person(habits(1, 12), seed=1, recipe=quick), Person(habits(2, 12), seed=2)]
+    together = train(model, people, RECIPE)
+    for person, in_stack in zip(people, together, strict=True):
+        (alone,) = train(model, [dataclasses.replace(person, recipe=None)], person.recipe or RECIPE)
+        assert alone.steps == in_stack.steps
+        torch.testing.assert_close(flat(in_stack.weights), flat(alone.weights), rtol=0, atol=2e-5)
+    other_rank = dataclasses.replace(people[0], recipe=dataclasses.replace(RECIPE, rank=2))
+    with pytest.raises(InvalidRecipe, match="rank: expected the stack's 4, got 2"):
+        train(model, [other_rank], RECIPE)
+
+
 def test_nobody_to_train_is_nothing_to_do():
     assert train(small_model(), [], RECIPE) == []
 
@@ -320,7 +365,14 @@ def test_bfloat16_is_chosen_only_where_the_processor_multiplies_it(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rank", 0), ("epochs", 0), ("learning_rate", 0.0), ("modules", ("lm_head",)), ("warmup", 1.0)],
+    [
+        ("rank", 0),
+        ("epochs", 0),
+        ("learning_rate", 0.0),
+        ("modules", ("lm_head",)),
+        ("warmup", 1.0),
+        ("pull", -1.0),
+    ],
 )
 def test_a_recipe_out_of_range_names_its_field(field, value):
     with pytest.raises(InvalidRecipe, match=f"^{field}: expected"):

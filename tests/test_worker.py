@@ -28,7 +28,8 @@ from personalization.publish import Shelf
 from personalization.refresh import RefreshPolicy
 from personalization.store import Store
 from personalization.train import Recipe
-from personalization.worker import WorkerSettings, run_nightly, run_worker, should_refresh
+from personalization.when import When
+from personalization.worker import WorkerSettings, run_nightly, run_worker
 from tests.redis_fixture import SECRET
 from tests.small_model import save_small_model, talk
 
@@ -145,6 +146,39 @@ async def test_people_who_ask_at_the_same_time_share_a_stack(
     assert await dead_letters(queue) == []
 
 
+async def test_who_asks_goes_before_those_who_did_not_and_these_go_in_small_batches(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    others = [f"user{number}" for number in range(4)]
+    for user in [*others, "ann"]:
+        await store.append(user, talk(user, 25))
+        await request_refresh(queue, store, user, "asked" if user == "ann" else "nightly", jobs=JOBS)
+    few = dataclasses.replace(settings, background_people=2)
+    seen: list[tuple[str, str]] = []
+    async with store.events() as events, working(few):
+        while len([state for _, state in seen if state == "completed"]) < 5:
+            event = await asyncio.wait_for(anext(events), 60)
+            if event.get("state") in ("training", "completed") and event.get("progress") in (0.0, 1.0):
+                seen.append((event["user"], event["state"]))
+    assert seen[0] == ("ann", "training")
+    under_way: set[str] = set()
+    for user, state in seen:
+        under_way.add(user) if state == "training" else under_way.discard(user)
+        assert len(under_way) <= 2
+        assert "ann" not in under_way or under_way == {"ann"}
+
+
+async def test_asking_for_now_takes_the_place_of_a_job_for_later(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    later = await request_refresh(queue, store, "ann", "nightly", scheduled=int(time.time()) + 600)
+    now = await request_refresh(queue, store, "ann", "asked")
+    assert now.job_id != later.job_id
+    again = await request_refresh(queue, store, "ann", "nightly", scheduled=int(time.time()) + 600)
+    assert again.job_id == now.job_id
+    stats = await queue_stats(queue)
+    assert (stats.queued, stats.scheduled) == (1, 0)
+
+
 def finished(queue: RefreshQueue, store: Store, user: str) -> Callable[[], Awaitable[Any]]:
     async def look() -> Any:
         job = await queue.job(job_key(store, user))
@@ -189,11 +223,14 @@ async def start_process(settings: WorkerSettings, tmp_path: Path) -> asyncio.sub
     script = tmp_path / "worker.py"
     script.write_text(
         "import asyncio\n"
+        "import datetime\n"
         "from pathlib import Path, PosixPath\n"
         "from personalization.gate import GatePolicy\n"
         "from personalization.jobs import JobPolicy\n"
         "from personalization.refresh import RefreshPolicy\n"
         "from personalization.train import Recipe\n"
+        "from personalization.trial import TrialPolicy\n"
+        "from personalization.when import When\n"
         "from personalization.worker import WorkerSettings, run_worker\n"
         f"asyncio.run(run_worker({settings!r}))\n"
     )
@@ -340,37 +377,40 @@ async def test_an_erased_job_cannot_be_written_back_by_its_worker(queue: Refresh
     assert (stored.kwargs["job_id"], stored.status) == (later.job_id, Status.QUEUED)
 
 
-async def test_the_night_asks_for_those_with_something_new_in_groups(
+async def test_the_night_asks_for_those_for_whom_it_pays_those_who_gain_most_first(
     settings: WorkerSettings, queue: RefreshQueue, store: Store
 ):
     for number in range(5):
-        await store.append(f"user{number}", talk(f"user{number}", 25))
+        await store.append(f"user{number}", talk(f"user{number}", 25 + 5 * number))
     await store.append("few", talk("few", 5))
     seen = talk("user0", 25)
     await store.mark_refreshed("user0", [turn.id for turn in seen])
 
-    class Half:
+    class Twice:
+        """One early and one late moment."""
+
+        def __init__(self) -> None:
+            self.moments = [0.9, 0.1]
+
         def uniform(self, low: float, high: float) -> float:
-            return (low + high) / 2
+            return low + (high - low) * self.moments.pop(0)
 
     context = {
-        "settings": dataclasses.replace(settings, gather_people=3, nightly_spread_s=100.0),
+        "settings": dataclasses.replace(
+            settings, gather_people=3, nightly_spread_s=100.0, when=When(minimum_turns=20)
+        ),
         "store": store,
         "queue": queue,
         "shelf": Shelf(settings.data / "adapters", read_config(settings.model_folder)),
-        "random": Half(),
+        "random": Twice(),
     }
     before = time.time()
     assert await run_nightly(context) == 4
     jobs = [await queue.job(job_key(store, f"user{number}")) for number in range(1, 5)]
     assert await queue.job(job_key(store, "user0")) is None
     assert await queue.job(job_key(store, "few")) is None
-    for job in jobs:
-        assert isinstance(job, Job)
-        assert before + 49 <= job.scheduled <= time.time() + 51
+    at = [job.scheduled - before for job in jobs if isinstance(job, Job)]
+    assert len(at) == 4
+    assert 89 <= at[0] <= 92
+    assert all(9 <= early <= 12 for early in at[1:])
     assert (await queue_stats(queue)).scheduled == 4
-
-
-@pytest.mark.parametrize(("new", "after", "expected"), [(49, 50, False), (50, 50, True), (500, 0, False)])
-def test_enough_new_turns_start_a_refresh_by_themselves(new: int, after: int, expected: bool):
-    assert should_refresh(new, dataclasses.replace(POLICY, auto_after=after)) is expected

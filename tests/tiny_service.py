@@ -6,7 +6,7 @@ be. Its text depends on the adapter, the prompt and the seed alone."""
 import asyncio
 import json
 import string
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -218,8 +218,11 @@ class TinyService:
     adapter_root: Path
     page_folder: Path
 
-    async def give_adapter(self, user: str, seed: int, *, good: bool = True) -> int:
-        """A new version for a person, published. `good` False: a file that no engine can load."""
+    async def give_adapter(
+        self, user: str, seed: int, *, good: bool = True, turn_ids: Sequence[str] = ()
+    ) -> int:
+        """A new version for a person, published. `good` False: a file that no engine can load. `turn_ids`:
+        what it is said to be trained on."""
         version = await self.store.next_version(user)
         folder = version_folder(self.adapter_root, self.store.adapter_id(user), version)
         write_adapter(
@@ -229,7 +232,7 @@ class TinyService:
             (folder / "adapter_model.safetensors").write_bytes(b"not safetensors")
         before = (await self.store.pointer(user)).version
         record = VersionRecord(
-            version=version, parent=before, created_at=datetime.now(UTC), accepted=True, reason="a test"
+            version, before, datetime.now(UTC), accepted=True, reason="a test", turn_ids=tuple(turn_ids)
         )
         await self.store.add_version(user, record)
         assert await self.store.compare_and_set(user, before, version)

@@ -1,7 +1,7 @@
 /** The service's HTTP side. One person's bearer token; every failure is an `ApiError` whose message can be shown. */
 
 import { Refused } from "./wire";
-import type { ConversationSummary, Me, Turn, Version } from "./protocol";
+import type { ConversationSummary, Me, Trial, Turn, Version } from "./protocol";
 
 export class ApiError extends Error {
   constructor(
@@ -39,8 +39,13 @@ export class Api {
     return list(await this.json("GET", `/attune/conversations/${encodeURIComponent(id)}`), "turns");
   }
 
-  async versions(): Promise<Version[]> {
-    return list(await this.json("GET", "/attune/versions"), "versions");
+  async versions(): Promise<{ versions: Version[]; trial: Trial | null }> {
+    const body = await this.json<{ trial?: Trial | null }>("GET", "/attune/versions");
+    return { versions: list(body, "versions"), trial: body.trial ?? null };
+  }
+
+  async versionTurns(version: number): Promise<Turn[]> {
+    return list(await this.json("GET", `/attune/versions/${version}/turns`), "turns");
   }
 
   async rollback(version: number): Promise<void> {

@@ -44,8 +44,13 @@ export function period(iso: string, now = Date.now()): string {
   return date.toLocaleDateString(undefined, { month: "long", ...(sameYear ? {} : { year: "numeric" }) });
 }
 
-export function plural(count: number, word: string): string {
-  return `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
+export function plural(count: number, word: string, many = `${word}s`): string {
+  return `${count.toLocaleString()} ${count === 1 ? word : many}`;
+}
+
+export function sentence(text: string): string {
+  const whole = text.trim();
+  return whole && whole.charAt(0).toUpperCase() + whole.slice(1) + (/[.!?]$/.test(whole) ? "" : ".");
 }
 
 export function seconds(value: number): string {

@@ -98,8 +98,10 @@ export class Learning {
         const from = event.from ?? this.state.me?.adapter.version ?? 0;
         const to = event.to ?? from;
         const published = event.published ?? to !== from;
-        this.stage("completed", { from, to, published, reason: event.reason ?? "", numbers: event.numbers ?? {} });
-        this.app.announce(published ? `Your adapter is now version ${to}.` : "No measurable change yet.");
+        const trial = event.trial ?? false;
+        this.stage("completed", { from, to, published, trial, reason: event.reason ?? "", numbers: event.numbers ?? {} });
+        if (trial) this.app.announce(`Version ${to} is on trial.`);
+        else this.app.announce(published ? `Your adapter is now version ${to}.` : "No measurable change yet.");
         break;
       }
       case "adapter.refresh.failed":
@@ -111,6 +113,11 @@ export class Learning {
         if (this.state.me && event.to !== undefined) {
           this.state.me.adapter = { ...this.state.me.adapter, version: event.to, updated_at: new Date().toISOString() };
           this.app.signals.raise("me");
+        }
+        break;
+      case "adapter.trial":
+        if (event.state === "rolled back") {
+          this.app.toast(`${versionName(event.version)} was taken back: its replies were rated lower than before.`);
         }
         break;
       case "adapter.forgotten":
@@ -145,6 +152,7 @@ export class Learning {
       from: this.state.me?.adapter.version ?? null,
       to: null,
       published: false,
+      trial: false,
       code: "",
       reason: "",
       numbers: {},
@@ -161,10 +169,26 @@ export class Learning {
     const problem = [versions, learned].find((result) => result.status === "rejected");
     this.state.panelProblem = problem && this.state.link !== "refused" ? messageOf(problem.reason) : "";
     if (versions.status === "fulfilled") {
-      this.state.versions = versions.value.sort((a, b) => b.version - a.version);
+      this.state.versions = versions.value.versions.sort((a, b) => b.version - a.version);
+      this.state.trial = versions.value.trial;
     }
-    if (learned.status === "fulfilled") this.state.learned = learned.value;
+    if (learned.status === "fulfilled") {
+      this.state.learned = learned.value;
+      const may = new Set(learned.value.map((turn) => turn.id));
+      for (const turn of Object.values(this.state.versionTurns).flat()) turn.learned = may.has(turn.id);
+    }
     this.app.signals.raise("panel");
+  }
+
+  /** What one version learned from. */
+  async loadTurns(version: number): Promise<void> {
+    await this.attempt(async () => {
+      const api = this.api;
+      const turns = await api.versionTurns(version);
+      if (api !== this.api) return;
+      this.state.versionTurns[version] = turns;
+      this.app.signals.raise("panel");
+    });
   }
 
   async rollback(version: number): Promise<void> {
@@ -180,7 +204,9 @@ export class Learning {
     await this.attempt(async () => {
       await this.api.unlearn(turnId);
       this.state.learned = this.state.learned?.filter((turn) => turn.id !== turnId) ?? null;
+      for (const turn of Object.values(this.state.versionTurns).flat()) if (turn.id === turnId) turn.learned = false;
       this.app.signals.raise("panel");
+      this.app.soon();
     });
   }
 

@@ -43,6 +43,8 @@ export interface Turn {
   rating: Rating | null;
   version: number | null;
   corrects?: string | null;
+  /** Whether the next refresh may learn from it. */
+  learned?: boolean;
 }
 
 export interface Version {
@@ -53,6 +55,26 @@ export interface Version {
   reason?: string;
   numbers?: Record<string, unknown>;
   examples?: number;
+  /** How many turns it was trained on, and how many it has seen that are not to be learned any more. */
+  turns?: number;
+  marked?: number;
+  /** The population adapter that it began with, 0 for none. */
+  population?: number;
+  on_trial?: boolean;
+  /** How its trial ended, if it had one. */
+  trial?: { outcome: string; share: number; numbers: Record<string, number> } | null;
+}
+
+/** The version that answers a share of the replies until enough was said of them, and what was said so far. */
+export interface Trial {
+  version: number;
+  share: number;
+  needed: number;
+  replies: number;
+  up: number;
+  down: number;
+  before_up: number;
+  before_down: number;
 }
 
 /** The part of a Responses object that the page reads. */
@@ -94,6 +116,9 @@ export interface ServerEvent {
   from?: number;
   to?: number;
   published?: boolean;
+  trial?: boolean;
+  version?: number;
+  share?: number;
   rating?: Rating | null;
   correction_id?: string | null;
   reason?: string;

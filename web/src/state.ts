@@ -1,7 +1,7 @@
 /** What the page knows. Plain data; `App` changes it, the views read it. */
 
 import { newId } from "./dom";
-import type { ConversationSummary, Me, Rating, Sample, Turn, Version, Which } from "./protocol";
+import type { ConversationSummary, Me, Rating, Sample, Trial, Turn, Version, Which } from "./protocol";
 import type { Reply } from "./reply";
 import type { LinkState } from "./wire";
 
@@ -65,6 +65,7 @@ export interface Refresh {
   from: number | null;
   to: number | null;
   published: boolean;
+  trial: boolean;
   /** Why it failed, for the page: `not_enough_turns` is no fault. */
   code: string;
   reason: string;
@@ -94,7 +95,10 @@ export interface State {
   thread: Thread;
   refresh: Refresh | null;
   versions: Version[] | null;
+  trial: Trial | null;
   learned: Turn[] | null;
+  /** What versions learned from, by their number, as far as it was asked for. */
+  versionTurns: Record<number, Turn[]>;
   panelProblem: string;
   panelOpen: boolean;
   drawerOpen: boolean;

@@ -2,10 +2,10 @@
 
 import type { App } from "../app";
 import { button, h, icon, setAttr, setText } from "../dom";
-import { ago, day, figure, plural, shortTime, versionName, words } from "../format";
-import type { Turn, Version } from "../protocol";
+import { ago, plural, sentence, versionName } from "../format";
 import { ended, type Refresh } from "../state";
 import { confirmForget } from "./dialogs";
+import { FIRST_SHOWN, gainOf, turnRow, versions, whenSomeoneElse } from "./versions";
 
 export function panel(app: App): HTMLElement {
   const element = h(
@@ -145,45 +145,18 @@ function told(refresh: Refresh): HTMLElement[] {
     return [h("b", { text: title }), h("p", { text: sentence(refresh.reason) })];
   }
   const gain = gainOf(refresh.numbers);
+  if (!refresh.published && refresh.to !== refresh.from) {
+    return [h("b", { text: `${versionName(refresh.to)} answers again` }), h("p", { text: sentence(refresh.reason) })];
+  }
   const plain = refresh.published ? "It does better on turns it had not seen." : "The version before stays.";
+  if (refresh.trial) {
+    return [h("b", { text: `${versionName(refresh.to)} is on trial` }), gain ?? h("p", { text: "It answers some of your replies; your ratings decide." })];
+  }
+  const unchanged = refresh.reason.startsWith("worse") ? "Not better: the version before stays" : "No measurable change yet";
   return [
-    h("b", { text: refresh.published ? `${versionName(refresh.to)} answers from now on` : "No measurable change yet" }),
+    h("b", { text: refresh.published ? `${versionName(refresh.to)} answers from now on` : unchanged }),
     gain ?? h("p", { text: refresh.reason || plain }),
   ];
-}
-
-/** What the gate measured on turns that were held back: the change in loss, and how sure it is of it. */
-function gainOf(numbers: Record<string, unknown>): HTMLElement | null {
-  const [before, after] = [finite(numbers["loss_before"]), finite(numbers["loss_after"])];
-  if (before === null || after === null || before <= 0) return null;
-  const percent = ((after - before) / before) * 100;
-  const turns = finite(numbers["turns"]);
-  const on = turns === null ? "unseen turns" : `${turns.toLocaleString()} unseen turns`;
-  const sign = percent <= 0 ? "−" : "+";
-  return h(
-    "div",
-    { class: "gain" },
-    h("p", {}, h("b", { text: `${sign}${Math.abs(percent).toFixed(1)} %` }), h("span", { text: ` loss on ${on}` })),
-    interval(finite(numbers["gain"]), finite(numbers["gain_low"]), finite(numbers["gain_high"])),
-  );
-}
-
-/** A dot for the gain and a line for its interval, against zero: right of it is better. */
-function interval(gain: number | null, low: number | null, high: number | null): HTMLElement | null {
-  if (gain === null || low === null || high === null) return null;
-  const reach = Math.max(Math.abs(low), Math.abs(high), 1e-6) * 1.12;
-  const at = (value: number): string => `${(50 + (50 * value) / reach).toFixed(2)}%`;
-  const dot = h("i", { class: "interval-dot" });
-  const line = h("i", { class: "interval-line" });
-  dot.style.left = at(gain);
-  line.style.left = at(low);
-  line.style.right = `${(50 - (50 * high) / reach).toFixed(2)}%`;
-  const words = `gain ${gain.toFixed(3)} nats per token, between ${low.toFixed(3)} and ${high.toFixed(3)}`;
-  return h("div", { class: "interval", attrs: { role: "img", "aria-label": words, title: words } }, h("i", { class: "interval-zero" }), line, dot);
-}
-
-function finite(value: unknown): number | null {
-  return typeof value === "number" && Number.isFinite(value) ? value : null;
 }
 
 function problem(app: App): HTMLElement {
@@ -204,64 +177,7 @@ function problem(app: App): HTMLElement {
   return element;
 }
 
-// ---------------------------------------------------------------- every version
-
-function versions(app: App): HTMLElement {
-  const list = h("ul", { class: "versions" });
-  const section = h("details", { class: "fold", attrs: { open: true } }, h("summary", {}, h("span", { text: "Versions" }), icon("chevron")), list);
-  const update = (): void => {
-    const { versions: known, me } = app.state;
-    const serving = me?.adapter.version ?? 0;
-    const rows = (known ?? []).filter((one) => one.version > 0).map((one) => versionRow(app, one, serving));
-    const base = versionRow(app, { version: 0, accepted: true, reason: "The model as it came, nothing learned." }, serving);
-    list.replaceChildren(...rows, base);
-  };
-  app.signals.on(["panel", "me"], update);
-  update();
-  return section;
-}
-
-function sentence(text: string): string {
-  const whole = text.trim();
-  return whole && whole.charAt(0).toUpperCase() + whole.slice(1) + (/[.!?]$/.test(whole) ? "" : ".");
-}
-
-function versionRow(app: App, one: Version, serving: number): HTMLElement {
-  const current = one.version === serving;
-  const facts = [one.created_at ? shortTime(one.created_at) : "", one.examples ? plural(one.examples, "example") : ""];
-  const gain = gainOf(one.numbers ?? {});
-  const numbers = Object.entries(one.numbers ?? {});
-  return h(
-    "li",
-    { class: "version", attrs: { "data-current": current, "data-refused": !one.accepted } },
-    h(
-      "div",
-      { class: "version-line" },
-      h("b", { text: one.version ? versionName(one.version) : "base" }),
-      current
-        ? h("span", { class: "tag", text: "answers now" })
-        : one.accepted
-          ? button({ class: "plain", icon: "back", label: one.version > serving ? "Use this" : "Go back to this", wide: true, press: () => void app.learning.rollback(one.version) })
-          : h("span", { class: "tag still", text: "not published" }),
-    ),
-    h("p", { text: facts.filter(Boolean).join(" · ") }),
-    // The sentence repeats the numbers: beside the picture its first words do, or none when it was published.
-    one.reason && !(gain && one.accepted) && h("p", { class: "reason", text: sentence(gain ? (one.reason.split(":")[0] ?? "") : one.reason) }),
-    gain,
-    numbers.length > 0 &&
-      h(
-        "details",
-        { class: "numbers" },
-        h("summary", { text: "All numbers" }),
-        h("p", { text: sentence(one.reason ?? "") }),
-        h("dl", { class: "facts" }, ...numbers.map(([key, value]) => h("div", {}, h("dt", { text: words(key) }), h("dd", { text: figure(value) })))),
-      ),
-  );
-}
-
-// ---------------------------------------------------------------- what it learned from
-
-const FIRST_SHOWN = 12;
+// ---------------------------------------------------------------- what it learns from
 
 function learnedFrom(app: App): HTMLElement {
   const count = h("span", { class: "count" });
@@ -280,24 +196,14 @@ function learnedFrom(app: App): HTMLElement {
     const turns = app.state.learned ?? [];
     setText(count, app.state.learned ? turns.length.toLocaleString() : "");
     const newest = turns.toSorted((a, b) => Date.parse(b.at) - Date.parse(a.at));
-    list.replaceChildren(...newest.slice(0, shown).map((turn) => learnedRow(app, turn)));
+    list.replaceChildren(...newest.slice(0, shown).map((turn) => turnRow(app, turn)));
     if (turns.length === 0 && app.state.learned) list.replaceChildren(h("li", { class: "nothing", text: "Nothing yet." }));
     more.hidden = turns.length <= shown;
   }
   app.signals.on("panel", update);
-  app.signals.on("user", () => (shown = FIRST_SHOWN));
+  whenSomeoneElse(app, () => (shown = FIRST_SHOWN));
   update();
   return section;
-}
-
-function learnedRow(app: App, turn: Turn): HTMLElement {
-  const what = turn.role === "user" ? "You wrote" : turn.author === "person" ? "You put right" : "You liked";
-  return h(
-    "li",
-    {},
-    h("div", {}, h("small", { text: `${what} · ${day(turn.at)}` }), h("p", { text: turn.text })),
-    button({ class: "quiet", icon: "close", label: "Do not learn from this", press: () => void app.learning.unlearn(turn.id) }),
-  );
 }
 
 // ---------------------------------------------------------------- their data

@@ -1,0 +1,38 @@
+"""Which versions learned from which turns, and where the next refresh starts. Pure: asked of the records and
+of what may be learned now, so that it can never disagree with either.
+
+A version has seen the turns it was trained on and those of every version it was carried on from. It is marked
+once one of them may no longer be learned: taken out by the person, rated down, put right.
+"""
+
+from collections.abc import Collection, Sequence
+
+from personalization.store_records import VersionRecord
+
+
+def seen(records: Sequence[VersionRecord], version: int) -> frozenset[str]:
+    """The ids of the turns that `version`, or one it was carried on from, was trained on."""
+    by_version = {record.version: record for record in records}
+    ids: set[str] = set()
+    while (record := by_version.pop(version, None)) is not None:
+        ids.update(record.turn_ids)
+        version = record.parent
+    return frozenset(ids)
+
+
+def marks(records: Sequence[VersionRecord], learnable: Collection[str]) -> dict[int, frozenset[str]]:
+    """The marked ones among the published versions, each with the turns it has seen that are not in
+    `learnable`."""
+    may = frozenset(learnable)
+    found = {record.version: seen(records, record.version) - may for record in records if record.accepted}
+    return {version: gone for version, gone in found.items() if gone}
+
+
+def start(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> int:
+    """The version that the next one is carried on from: the serving one, or when that is marked the newest
+    published one below it that is not, nor was rolled back; 0, the base, when there is none."""
+    marked = marks(records, learnable)
+    if serving not in marked:
+        return serving
+    clean = (each.version for each in records if each.usable and each.version not in marked)
+    return max((version for version in clean if version < serving), default=0)

@@ -1,0 +1,63 @@
+"""Memory for packed adapters: no two share any, what is gone is used anew, and little is held for long."""
+
+import random
+import threading
+
+import torch
+from torch import Tensor
+
+from engine.host_memory import PinnedMemory
+
+
+def test_matrices_that_live_never_share_memory() -> None:
+    memory = PinnedMemory(pin=False, chunk_bytes=4096)
+    own = random.Random(1)
+    alive: dict[int, Tensor] = {}
+    for number in range(2000):
+        if alive and own.random() < 0.5:
+            key = own.choice(list(alive))
+            assert (alive.pop(key) == key).all()
+        else:
+            shape = (own.randint(1, 3), own.choice((64, 100, 512)))
+            alive[number] = memory.empty(shape, torch.float32).fill_(number)
+            assert alive[number].shape == shape
+    for number, matrix in alive.items():
+        assert (matrix == number).all()
+
+
+def test_memory_of_what_is_gone_is_used_anew_by_the_same_size_and_by_others() -> None:
+    memory = PinnedMemory(pin=False, chunk_bytes=4096)
+    kept = [memory.empty((1, 256), torch.float32) for _ in range(4)]
+    assert memory.nbytes == 4096
+    del kept[1]
+    again = memory.empty((1, 256), torch.float32)
+    assert memory.nbytes == 4096
+    del kept, again
+    smaller = [memory.empty((3, 64), torch.bfloat16) for _ in range(10)]
+    assert memory.nbytes == 4096
+    assert len({matrix.data_ptr() for matrix in smaller}) == 10
+
+
+def test_what_is_larger_than_a_chunk_has_one_of_its_own() -> None:
+    memory = PinnedMemory(pin=False, chunk_bytes=4096)
+    assert memory.empty((5, 4096), torch.int16).shape == (5, 4096)
+    assert memory.nbytes == 5 * 8192
+
+
+def test_threads_may_ask_at_once() -> None:
+    memory = PinnedMemory(pin=False, chunk_bytes=1 << 16)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            matrix = memory.empty((2, 32), torch.int32).fill_(number)
+            if not (matrix == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert memory.nbytes == 1 << 16

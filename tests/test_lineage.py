@@ -1,0 +1,68 @@
+from datetime import UTC, datetime
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from personalization.lineage import marks, seen, start
+from personalization.store import VersionRecord
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+def record(version: int, parent: int, turns: str, *, accepted: bool = True) -> VersionRecord:
+    """`turns`: one letter for each turn it was trained on."""
+    return VersionRecord(version, parent, NOW, accepted, "", {}, 1, tuple(turns))
+
+
+CHAIN = [record(1, 0, "ab"), record(2, 1, "cd"), record(3, 2, "e", accepted=False), record(4, 2, "ef")]
+
+
+def test_a_version_has_seen_its_own_turns_and_its_ancestors():
+    assert seen(CHAIN, 4) == set("abcdef")
+    assert seen(CHAIN, 2) == set("abcd")
+    assert seen(CHAIN, 0) == set()
+
+
+def test_taking_out_a_turn_marks_every_published_version_that_saw_it_and_no_other():
+    assert marks(CHAIN, "abcdef") == {}
+    assert marks(CHAIN, "abcde") == {4: {"f"}}
+    assert marks(CHAIN, "abdef") == {2: {"c"}, 4: {"c"}}
+    assert marks(CHAIN, "bcdf") == {1: {"a"}, 2: {"a"}, 4: {"a", "e"}}
+
+
+def test_a_refresh_goes_on_from_what_serves_unless_that_is_marked():
+    assert start(CHAIN, "abcdef", 4) == 4
+    assert start(CHAIN, "abcdef", 2) == 2  # gone back to by hand
+    assert start(CHAIN, "abcde", 4) == 2
+    assert start(CHAIN, "abd", 4) == 1
+    assert start(CHAIN, "bcdef", 4) == 0
+    assert start(CHAIN, "abcde", 2) == 2  # what is marked above it does not matter
+
+
+def test_a_version_above_the_serving_one_is_no_start_the_person_went_back_from_it():
+    records = [*CHAIN, record(5, 0, "g")]
+    assert start(records, "abdefg", 4) == 1
+    assert start(records, "bcdefg", 2) == 0
+
+
+def test_a_version_learned_anew_from_the_base_is_clean_of_what_others_saw():
+    records = [*CHAIN, record(5, 0, "bcdef")]
+    assert start(records, "bcdef", 5) == 5
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.sets(st.sampled_from("abcdef")), st.booleans()), max_size=6),
+    st.sets(st.sampled_from("abcdef")),
+    st.integers(0, 6),
+)
+def test_the_start_has_never_seen_a_turn_that_may_not_be_learned(drawn, learnable, serving):
+    records = [
+        record(number, min(parent, number - 1), "".join(turns), accepted=accepted)
+        for number, (parent, turns, accepted) in enumerate(drawn, start=1)
+    ]
+    published = {each.version for each in records if each.accepted} | {0}
+    serving = max(version for version in published if version <= serving)
+    begin = start(records, learnable, serving)
+    assert begin in published
+    assert begin <= serving
+    assert seen(records, begin) <= learnable
