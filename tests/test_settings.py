@@ -111,7 +111,8 @@ def test_a_folder_for_sockets_is_private_and_a_link_is_refused(tmp_path: Path) -
 
 def test_sizes_follow_the_device_unless_they_are_set() -> None:
     on_cpu = engine_config(Settings(), "cpu", "float32", None)
-    assert (on_cpu.arena_bytes, on_cpu.host_cache_bytes, on_cpu.max_tokens_per_step) == (1 << 30, 1 << 29, 512)
+    sizes = (on_cpu.arena_bytes, on_cpu.host_cache_bytes, on_cpu.max_tokens_per_step)
+    assert sizes == (1 << 30, 1 << 29, 512)
     on_gpu = engine_config(Settings(), "cuda", "bfloat16", 100 << 30)
     assert 80 << 30 < on_gpu.arena_bytes < 100 << 30
     assert on_gpu.max_tokens_per_step == 2048
