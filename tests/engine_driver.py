@@ -83,7 +83,7 @@ class Driver:
 
     def release(self, sequence: Sequence) -> None:
         """Free a sequence's blocks and poison them, as if others had written there."""
-        self.arena[sequence.blocks] = float("nan")
-        self.free = sequence.blocks + self.free  # used last
+        self.arena[list(sequence.blocks)] = float("nan")
+        self.free = [*sequence.blocks, *self.free]  # used last
         sequence.blocks = ()
         sequence.num_computed = 0
