@@ -23,7 +23,7 @@ from engine.client import EngineClient, EngineError
 from personalization.history import InvalidTurn, dump
 from personalization.lineage import marks
 from personalization.store import Pointer, Store, StoreError, VersionRecord, connect
-from service import logs, operations, processes
+from service import evaluation, logs, operations, processes
 from service.actions import Actions, NotPossible
 from service.auth import ALGORITHM, AUDIENCE, checked_user
 from service.chat import ChatRefused, chat
@@ -370,6 +370,52 @@ def population(
         made = asyncio.run(operations.make_population(settings, file, epochs=epochs, on_progress=show))
     kept = f"population adapter {made['number']}" if made["number"] else "not kept"
     answer(made, f"{kept}, from {made['turns']} turns: {made['reason']}", as_json=as_json)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    file: Annotated[
+        typer.FileBinaryRead, typer.Argument(help="JSON Lines, one turn a line; - is standard input.")
+    ],
+    people: Annotated[
+        int | None, typer.Option(min=1, help="At most so many. [default: all; 12 without a GPU]")
+    ] = None,
+    only_loss: Annotated[bool, typer.Option(help="The losses alone, without the long parts.")] = False,
+    page: Annotated[Path, typer.Option(help="Where the page of plots goes.")] = Path("evaluation.html"),
+    data: Data = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what learning is worth on a history file: a table, one line of JSON, and a page of plots."""
+    from engine.weights import ModelError
+    from personalization.evaluate import Extent, NothingToMeasure
+
+    settings = read_settings(data=data, model=model)
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"{time.monotonic() - started:7.1f} s  {text}\n")
+
+    extent = Extent(people=people)
+    if only_loss:
+        extent = Extent(people=people, selection_turns=0, curve=(), refreshes=0, stacks=())
+    try:
+        with processes.about_the_model(ModelError):
+            done = evaluation.measure(
+                resolve_model(settings.model),
+                file,
+                extent,
+                device=settings.device,
+                threads=settings.train_threads,
+                say=say,
+            )
+    except NothingToMeasure as error:
+        raise operations.Refused(str(error)) from None
+    page.write_text(evaluation.page(done), encoding="utf-8")
+    say(f"the plots are in {page}")
+    if not as_json:
+        print(evaluation.table(done.numbers))
+    print(json.dumps(done.numbers))
 
 
 @app.command("forget")

@@ -65,7 +65,7 @@ def test_every_command_has_help_and_json() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert set(commands) == {
         "serve", "engine", "gateway", "worker", "token", "chat", "import", "export", "refresh", "adapters",
-        "rollback", "import-adapter", "population", "forget",
+        "rollback", "import-adapter", "population", "evaluate", "forget",
     }  # fmt: skip
     for name, command in commands.items():
         assert command.help, name

@@ -43,7 +43,7 @@ async def trainer(folder: Path) -> AsyncIterator[Trainer]:
 def workshop(folder: Path, trainer: Trainer, tmp_path: Path) -> Workshop:
     renderer = Renderer(folder, 256)
     config = read_config(folder)
-    return Workshop(tmp_path / "population", config, renderer, trainer, "small", RECIPE, GATE, 32)
+    return Workshop(tmp_path / "population", config, renderer, trainer, "small", RECIPE, GATE, row_tokens=32)
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -1,0 +1,223 @@
+"""`attune evaluate`: a history file measured by a model, as a table and as a page of plots.
+
+The page is one file without scripts or anything from elsewhere, and holds no name and no word of anyone.
+"""
+
+import html
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from personalization.evaluate import Evaluation, Extent
+
+HOST_PEOPLE = 12  # measured on a processor, where nobody waits for hundreds
+HOST_STACKS = (1, 8)
+WIDTH, HEIGHT, EDGE = 640, 260, 44  # of a plot, in pixels
+
+
+def measure(
+    folder: Path,
+    lines: Iterable[bytes],
+    extent: Extent,
+    *,
+    device: str = "auto",
+    threads: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Evaluate the histories in `lines` with the model in `folder`, as the service would learn from them.
+    Raises NothingToMeasure, ModelError, TokenizerMissing, TemplateFailed."""
+    import torch
+
+    from engine.weights import load_model
+    from personalization.evaluate import Bench, evaluate
+    from personalization.history import parse
+    from personalization.prompt import Renderer
+    from personalization.refresh import RefreshPolicy
+    from personalization.train import best_dtype
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    parsed = parse(lines)
+    say(f"{len(parsed.turns)} people, {sum(map(len, parsed.turns.values()))} turns")
+    model = load_model(folder, device=device, dtype=best_dtype(torch.device(device)))
+    renderer = Renderer(folder, model.config.max_position_embeddings)
+    if device == "cpu":
+        extent = replace(
+            extent,
+            people=extent.people or HOST_PEOPLE,
+            stacks=tuple(size for size in extent.stacks if size in HOST_STACKS),
+        )
+    done = evaluate(parsed.turns, Bench(model, renderer, RefreshPolicy(), say), extent)
+    about = {
+        "people_in_file": len(parsed.turns),
+        "bad_lines": len(parsed.errors),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "dtype": str(model.decoder.embed.dtype).removeprefix("torch."),
+        "base_hash": model.base_hash,
+    }
+    return replace(done, numbers=about | done.numbers)
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """Everything measured, as lines for a terminal."""
+    lines = [
+        f"{numbers['people']} people measured, {numbers['left_out']} with too little to measure",
+        "",
+        f"{'loss per held-out token':36} {'loss':>7}  {'95 % interval':17} {'gain over context':>17}",
+    ]
+    for name, row in numbers["loss"].items():
+        share = f"{row['gain']:+.4f} ({100 * row['gain_share']:+.2f} %)"
+        lines.append(
+            f"{name:36} {row['loss']:7.4f}  {_range(row['interval']):17} {share:>17}  "
+            f"{_range(row['gain_interval'])}"
+        )
+    lines += ["", f"{'made worse':24} {'people':>7} {'any':>15} {'by > 0.01 nat':>15} {'worst decile':>17}"]
+    for name, rows in numbers["harm"].items():
+        before, after = rows["before"], rows["after"]
+        lines.append(
+            f"{name:24} {rows['people']['count']:7} "
+            + " ".join(f"{before[key]:7.1%} ->{after[key]:6.1%}" for key in ("worse", "worse_noteworthy"))
+            + f" {before['worst_decile']:+8.3f} ->{after['worst_decile']:+6.3f}"
+            + f"   {rows['people']['accepted']} accepted"
+        )
+    drift = numbers["drift"]
+    lines += [
+        "",
+        f"drift on neutral text: mean {drift['mean']:+.4f}, most published "
+        f"{'none' if drift['most_published'] is None else format(drift['most_published'], '+.4f')}, "
+        f"{drift['over_limit']:.1%} over the limit before the gate",
+    ]
+    chosen = numbers.get("selection", {})
+    if "context" in chosen:
+        lines.append(
+            f"next message among {chosen['among']}, {chosen['asked']} asked: "
+            + ", ".join(
+                f"{name} {chosen[name]['hits_at_1']:.1%} ({_range(chosen[name]['interval'])})"
+                for name in ("context", "adapter + context")
+            )
+        )
+    if "authors" in numbers:
+        found = numbers["authors"]
+        lines.append(
+            f"author among {found['among']} adapters: {found['hits_at_1']:.1%} "
+            f"({_range(found['interval'])}), by chance {found['chance']:.1%}"
+        )
+    lines += [
+        f"learned from {row['turns']:4} turns: gain {row['gain']:+.4f} ({_range(row['interval'])}), "
+        f"{row['people']} people"
+        for row in numbers.get("curve", [])
+    ]
+    if "in_a_row" in numbers:
+        found = numbers["in_a_row"]
+        lines += [
+            f"{title}: gain {row['gain']:+.4f} ({_range(row['interval'])}), "
+            f"loss on the oldest turns {row['loss_on_the_oldest']:.4f}"
+            for title, row in (
+                (f"{found['refreshes']} refreshes in a row", found["in a row"]),
+                ("one refresh from zero", found["from zero"]),
+            )
+        ]
+    lines += [
+        f"{row['people']:4} people trained together: {row['seconds_per_user']:.3f} s each, "
+        f"{row['users_per_hour']:,.0f} an hour, {row['times_faster_than_solo']:.1f} times as fast as alone"
+        for row in numbers.get("stacked", {}).get("sizes", [])
+    ]
+    return "\n".join(lines)
+
+
+def page(evaluation: Evaluation) -> str:
+    """The same as one HTML file: the table, and plots of gain per person, learning curve and harm."""
+    numbers = evaluation.numbers
+    gains = sorted(((each["gain"], each["accepted"]) for each in evaluation.people), reverse=True)
+    plots = [
+        (
+            "Gain of each person, adapter and context over context alone (nats per token); "
+            "pale: refused by the gate",
+            _bars([(gain, "#2a6fdb" if accepted else "#c3d3ee") for gain, accepted in gains]),
+        )
+    ]
+    curve = numbers.get("curve", [])
+    if curve:
+        plots.append(
+            (
+                "Gain by learned turns, with 95 % interval over people",
+                _curve([(str(r["turns"]), r["gain"], *r["interval"]) for r in curve]),
+            )
+        )
+    harm = numbers["harm"]["everyone"]
+    plots.append(
+        (
+            "Share of people made worse: by anything, and by more than 0.01 nat; dark: after the gate",
+            _bars(
+                [
+                    (harm[when][key], colour)
+                    for key in ("worse", "worse_noteworthy")
+                    for when, colour in (("before", "#e7b9a7"), ("after", "#a63d16"))
+                ]
+            ),
+        )
+    )
+    figures = "".join(f"<figure><figcaption>{title}</figcaption>{plot}</figure>" for title, plot in plots)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>What learning is worth</title>'
+        "<style>body{font:15px system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "pre{overflow-x:auto;font-size:12px}figure{margin:2rem 0}figcaption{margin-bottom:.5rem}"
+        "svg{max-width:100%;height:auto}</style><h1>What learning is worth</h1>"
+        f"{figures}<pre>{html.escape(table(numbers))}</pre></html>\n"
+    )
+
+
+def _range(pair: Sequence[float]) -> str:
+    return f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def _bars(values: Sequence[tuple[float, str]]) -> str:
+    """Bars from zero, in the order given: (height, colour)."""
+    place = _scale([value for value, _ in values])
+    room = (WIDTH - 2 * EDGE) / max(1, len(values))
+    zero = place(0.0)
+    bars = "".join(
+        f'<rect x="{EDGE + at * room:.1f}" y="{min(zero, place(value)):.1f}" width="{0.9 * room:.1f}" '
+        f'height="{abs(zero - place(value)):.1f}" fill="{colour}"><title>{value:+.4f}</title></rect>'
+        for at, (value, colour) in enumerate(values)
+    )
+    return _frame(bars, [value for value, _ in values], place)
+
+
+def _curve(points: Sequence[tuple[str, float, float, float]]) -> str:
+    """(label, value, low, high), evenly spaced, joined by a line."""
+    edges = [each for _, *numbers in points for each in numbers]
+    place = _scale(edges)
+    step = (WIDTH - 2 * EDGE) / len(points)
+    spots = [(EDGE + (at + 0.5) * step, point) for at, point in enumerate(points)]
+    path = " ".join(f"{x:.1f},{place(value):.1f}" for x, (_, value, _, _) in spots)
+    marks = "".join(
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{place(low):.1f}" y2="{place(high):.1f}" stroke="#2a6fdb"/>'
+        f'<circle cx="{x:.1f}" cy="{place(value):.1f}" r="3" fill="#2a6fdb"/>'
+        f'<text x="{x:.1f}" y="{HEIGHT - 4}" text-anchor="middle" font-size="12">{label}</text>'
+        for x, (label, value, low, high) in spots
+    )
+    line = f'<polyline points="{path}" fill="none" stroke="#2a6fdb"/>'
+    return _frame(line + marks, edges, place)
+
+
+def _scale(values: Sequence[float]) -> Callable[[float], float]:
+    """Value -> height on the plot, zero always on it."""
+    low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
+    reach = (high - low) or 1.0
+    return lambda value: EDGE / 2 + (high - value) / reach * (HEIGHT - EDGE)
+
+
+def _frame(inner: str, values: Sequence[float], place: Callable[[float], float]) -> str:
+    shown = dict.fromkeys((min(0.0, *values, 0.0), 0.0, statistics.fmean(values), max(0.0, *values, 0.0)))
+    labels = "".join(
+        f'<text x="{EDGE - 4}" y="{place(value) + 4:.1f}" text-anchor="end" font-size="11">{value:.3f}</text>'
+        for value in shown
+    )
+    axis = f'<line x1="{EDGE}" x2="{WIDTH - EDGE}" y1="{place(0):.1f}" y2="{place(0):.1f}" stroke="#888"/>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" fill="currentColor">{axis}{inner}{labels}</svg>'

@@ -1,0 +1,142 @@
+"""Evaluation on invented people: it shows learning where there is some, and none where there is none."""
+
+import dataclasses
+import json
+import random
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from engine.weights import load_model
+from personalization.evaluate import Bench, Evaluation, Extent, NothingToMeasure, evaluate, interval
+from personalization.gate import GatePolicy
+from personalization.history import Turn, dump
+from personalization.prompt import Renderer
+from personalization.refresh import RefreshPolicy
+from personalization.train import Recipe
+from service.evaluation import page, table
+from tests.small_model import save_small_model, talk
+from tests.test_cli import attune
+
+POLICY = RefreshPolicy(
+    minimum_turns=20,
+    gate_tokens=96,
+    row_tokens=32,
+    recipe=Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=2, tokens_per_step=32),
+    gate=GatePolicy(max_drift=100.0),  # a model this small is moved by anything
+)
+EXTENT = Extent(selection_turns=2, curve=(20, 40, 400), refreshes=2, stacks=(1, 4), solo=2)
+PEOPLE = ("ann", "bob", "cleo", "dan")
+
+
+def histories() -> dict[str, list[Turn]]:
+    return {user: talk(user, 80) for user in PEOPLE} | {"few": talk("few", 12)}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = save_small_model(tmp_path_factory.mktemp("small"))
+    return Bench(load_model(folder), Renderer(folder, 256), POLICY)
+
+
+@pytest.fixture(scope="module")
+def done(bench: Bench) -> Evaluation:
+    return evaluate(histories(), bench, EXTENT)
+
+
+def test_who_says_much_the_same_is_learned_and_a_strangers_adapter_does_not_help(done: Evaluation) -> None:
+    numbers = done.numbers
+    assert (numbers["people"], numbers["left_out"]) == (4, 1)
+    loss = numbers["loss"]
+    assert loss["context"]["gain"] == 0
+    assert loss["adapter + context"]["gain_interval"][0] > 0.1
+    assert loss["adapter"]["loss"] < loss["base"]["loss"] - 0.1
+    assert loss["swapped adapter + context"]["gain"] < loss["adapter + context"]["gain"] - 0.1
+    assert loss["adapter + context, after the gate"]["loss"] == loss["adapter + context"]["loss"]
+    assert numbers["harm"]["everyone"]["after"]["worse"] == 0
+    assert numbers["harm"]["everyone"]["people"] == {"count": 4, "accepted": 4}
+    assert numbers["authors"]["hits_at_1"] == 1.0
+    assert numbers["authors"]["chance"] == 0.25
+
+
+def test_every_part_is_measured_as_far_as_the_histories_go(done: Evaluation) -> None:
+    numbers = done.numbers
+    assert [row["turns"] for row in numbers["curve"]] == [20, 40]
+    assert numbers["curve"][1]["gain"] > 0
+    assert numbers["in_a_row"]["accepted"] > 0
+    assert numbers["in_a_row"]["in a row"]["gain"] > 0.1
+    assert [row["people"] for row in numbers["stacked"]["sizes"]] == [1, 4]
+    assert numbers["selection"]["asked"] == 8
+    json.dumps(numbers)
+
+
+def test_people_who_turn_to_something_else_are_made_worse_and_the_gate_keeps_that_away(bench: Bench) -> None:
+    """What was learned up to the gate is of words that are never said again."""
+    chooser = random.Random(5)
+
+    def said(turn: Turn, number: int) -> Turn:
+        known = range(10) if number < 56 else range(30, 50)
+        return dataclasses.replace(turn, text=" ".join(f"w{chooser.choice(known)}" for _ in range(8)))
+
+    changed = {user: [said(turn, number) for number, turn in enumerate(talk(user, 80))] for user in PEOPLE}
+    eager = dataclasses.replace(
+        bench,
+        policy=dataclasses.replace(
+            POLICY, recipe=dataclasses.replace(POLICY.recipe, learning_rate=0.02, epochs=4)
+        ),
+    )
+    only_loss = Extent(selection_turns=0, curve=(), refreshes=0, stacks=())
+    numbers = evaluate(changed, eager, only_loss).numbers
+    harm = numbers["harm"]["everyone"]
+    assert harm["before"]["worse_noteworthy"] == 1.0
+    assert harm["after"]["worse_noteworthy"] == 0.0
+    assert numbers["loss"]["adapter + context, after the gate"]["gain"] == 0.0
+    assert set(numbers) & {"curve", "selection", "in_a_row", "stacked"} == set()
+
+
+def test_what_was_measured_is_told_whole_and_names_nobody(done: Evaluation) -> None:
+    told = table(done.numbers)
+    for part in ("adapter + context, after the gate", "made worse", "drift", "author among", "learned from"):
+        assert part in told
+    shown = page(done)
+    assert shown.count("<svg") == 3
+    assert "<script" not in shown
+    assert "http" not in shown
+    assert not any(user in shown.split() for user in PEOPLE)
+
+
+def test_one_person_alone_is_measured_without_strangers(bench: Bench) -> None:
+    numbers = evaluate({"ann": talk("ann", 60)}, bench, dataclasses.replace(EXTENT, stacks=())).numbers
+    assert "swapped adapter + context" not in numbers["loss"]
+    assert "authors" not in numbers
+    assert numbers["loss"]["adapter + context"]["gain"] > 0
+
+
+def test_nobody_with_enough_turns_is_said(bench: Bench) -> None:
+    with pytest.raises(NothingToMeasure, match=r"expected someone with 20 turns .* got 1 people without"):
+        evaluate({"few": talk("few", 12)}, bench, EXTENT)
+
+
+def test_an_interval_holds_the_mean_and_is_the_same_each_time() -> None:
+    values = [random.Random(1).gauss(1.0, 1.0) for _ in range(1)] + [0.0, 1.0, 2.0, 3.0] * 5
+    low, high = interval(values)
+    assert low < sum(values) / len(values) < high
+    assert interval(values) == [low, high]
+    assert interval([2.0]) == [2.0, 2.0]
+
+
+def test_the_command_measures_a_file_and_writes_its_page(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path / "model")
+    file, plots = tmp_path / "histories.jsonl", tmp_path / "plots.html"
+    turns = {user: talk(user, 70) for user in PEOPLE[:2]}
+    late = [dataclasses.replace(turn, at=turn.at + timedelta(days=400)) for turn in turns["bob"]]
+    file.write_text("\n".join([*dump("ann", turns["ann"]), *dump("bob", late), "not a line"]) + "\n")
+    options = ("--model", str(model), "--data", str(tmp_path / "data"), "--page", str(plots), "--only-loss")
+    told = attune("evaluate", str(file), *options, "--json", ATTUNE_DEVICE="cpu")
+    numbers = json.loads(told)
+    assert (numbers["people"], numbers["people_in_file"], numbers["bad_lines"]) == (2, 2, 1)
+    assert plots.read_text().startswith("<!doctype html>")
+    file.write_text("")
+    error = attune("evaluate", str(file), *options, code=2, ATTUNE_DEVICE="cpu")
+    assert "expected someone with 50 turns to learn" in error
