@@ -1,10 +1,12 @@
-"""The attention kernels on a GPU: time, share of the copy bandwidth (decode), products per second (prefill).
+"""The attention and sampling kernels on a GPU: time, share of the copy bandwidth (decode, sampling), products
+per second (prefill).
 
-    python -m benchmarks.bench_attention [--keep] [--tiny]
+    python -m benchmarks.bench_attention [--keep] [--tiny] [--only decode|prefill|sample]
 
 Decode and prefill of a model with 32 query heads, 8 K/V heads of 128 dimensions and pages of 16 tokens, for
-several ways to cut the kernels; each is first checked against the reference in float32. `--tiny` runs small
-shapes once, anywhere. Prints a table, then one line of JSON.
+several ways to cut the kernels; each is first checked against the reference in float32. Sampling is greedy,
+drawn and filtered, beside torch.argmax. `--tiny` runs small shapes once, anywhere. Prints a table, then one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks.common import report
-from kernels import attention
+from kernels import attention, reference, sampling
 from kernels.attention import AttentionConfig
 from kernels.reference import paged_attention
+from kernels.sampling import SamplingConfig
 
 BLOCK = 16
 _LEAST_BYTES = 1 << 28  # more than an L2 cache, so that repeats do not find their K/V there
@@ -230,20 +233,68 @@ def bench_prefill(table: Table, name: str, lengths: list[int], new: list[int], s
         table.note("prefill", name, how, prefill, 4.0 * pairs * sizes.heads * sizes.dim, "TFLOP/s")
 
 
+def bench_sampling(table: Table, rows: int, vocab: int, dtype: torch.dtype) -> None:
+    """Logits as peaked as a trained model's: about 80 % of p in 100 tokens, and a long tail."""
+    device = table.device
+    logits = torch.randn(rows, vocab, device=device) * 2.2
+    logits[:, torch.randperm(vocab, device=device)[:100]] += 9.0
+    logits = logits.to(dtype)
+    out = torch.empty(rows, dtype=torch.int32, device=device)
+    amount = float(logits.numel() * logits.element_size())
+    table.note("argmax", f"{rows}x{vocab}", "torch", lambda i: _ignore(logits.argmax(-1)), amount, "of copy")
+    ways: dict[str, dict[str, float]] = {
+        "greedy": {"temperature": 0.0},
+        "draw": {},
+        "top_p 0.9": {"top_p": 0.9},
+        "top_k 50": {"top_k": 50},
+        "k50 p.9 m.05": {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
+        "T3 p.999": {"temperature": 3.0, "top_p": 0.999},
+    }
+    plans = [SamplingConfig()]
+    if not table.tiny:
+        plans += [SamplingConfig(scan_blocks=16), SamplingConfig(scan_blocks=64, scan_warps=8)]
+        plans += [SamplingConfig(pick_warps=8), SamplingConfig(pick_blocks=32, pick_warps=8)]
+    for way, settings in ways.items():
+        values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, **settings}
+        columns = [
+            torch.full((rows,), value, dtype=torch.int32 if name == "top_k" else torch.float32, device=device)
+            for name, value in values.items()
+        ]
+        columns += [torch.arange(rows, dtype=kind, device=device) for kind in (torch.int64, torch.int32)]
+        long = [column if column.is_floating_point() else column.long() for column in columns]
+        expected = reference.sample_rows(logits, *long)
+        for config in plans:
+
+            def sample(i: int, columns: list[Tensor] = columns, config: SamplingConfig = config) -> None:
+                sampling.sample_rows(logits, *columns, out, config)
+
+            out.fill_(-2)
+            sample(0)
+            wrong = int((out != expected).sum())
+            if wrong > rows // 100:  # a draw on the edge of two tokens may fall on either by rounding
+                raise ArithmeticError(f"expected the reference's tokens, got {wrong} others of {rows}: {way}")
+            how = f"{way} {config.scan_blocks},{config.scan_warps},{config.pick_blocks},{config.pick_warps}"
+            table.note("sample", f"{rows}x{vocab}", how, sample, amount, "of copy")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="also write results/<date>-attention.json")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", choices=["decode", "prefill", "sample"], help="one kind of rows")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = Sizes(4, 2, 32, dtype) if args.tiny else Sizes(32, 8, 128, dtype)
     torch.manual_seed(0)
     table = Table(device, args.tiny)
-    for name, lengths in decode_shapes(args.tiny):
+    for name, lengths in decode_shapes(args.tiny) if args.only in (None, "decode") else []:
         bench_decode(table, name, lengths, sizes)
-    for name, lengths, new in prefill_shapes(args.tiny):
+    for name, lengths, new in prefill_shapes(args.tiny) if args.only in (None, "prefill") else []:
         bench_prefill(table, name, lengths, new, sizes)
+    vocabularies = [(1, 128256), (32, 128256), (256, 128256), (32, 151936)]
+    for rows, vocab in ([(2, 300)] if args.tiny else vocabularies) if args.only in (None, "sample") else []:
+        bench_sampling(table, rows, vocab, dtype)
     numbers = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "copy_gb_s": round(table.bandwidth / 1e9),

@@ -355,7 +355,7 @@ def logits(bench: Bench) -> Measured:
     for each in work:
         request = Request(f"logits-{len(running)}", each.prompt, SamplingParams(temperature=0.0))
         sequence = Running(request)
-        sequence.blocks = pool.allocate(-(-(len(each.prompt) + 4) // engine.block_size), "kv") or []
+        sequence.blocks = tuple(pool.allocate(-(-(len(each.prompt) + 4) // engine.block_size), "kv") or ())
         taken += sequence.blocks
         if each.adapter is not None:
             sequence.resident = cache.pin(each.adapter)

@@ -177,6 +177,14 @@ class AdapterCache:
         return len(on_device.resident.slabs) if on_device else self._host[ref].layout.slabs_needed
 
     @property
+    def changes(self) -> tuple[int, ...]:
+        """While this stays the same, every adapter is where it was, as far as `ready` can tell."""
+        stats, evicted = self.stats, self._pool.evictions["adapter"]
+        return (
+            stats.loads, stats.failures, stats.placements, stats.host_evictions, evicted, len(self._loading),
+        )  # fmt: skip
+
+    @property
     def num_loading(self) -> int:
         return len(self._loading)
 
@@ -209,7 +217,9 @@ class AdapterCache:
             room -= cost
         self._needed = frozenset(needed)
         for ref in needed:
-            if ref not in self._host:
+            if ref in self._host:
+                self._host.move_to_end(ref)  # out of the way of _trim_host
+            else:
                 self._start(ref)
         self._trim_host()
 
@@ -347,7 +357,9 @@ class AdapterCache:
         while self._prefetching and len(self._loading) < self._max_loading:
             ref = next(iter(self._prefetching))
             del self._prefetching[ref]
-            if not self.ready(ref):
+            if ref in self._host:
+                self._place_if_free(ref)
+            elif ref not in self._device:
                 self._start(ref)
 
     def _fail(self, ref: AdapterRef, error: BaseException) -> AdapterUnavailable:
@@ -364,23 +376,27 @@ class AdapterCache:
         self._host[ref] = packed
         self.host_bytes += packed.image.nbytes
         self._largest_image = max(self._largest_image, packed.image.nbytes)
-        if ref not in self._needed and self._pool.free_slabs >= packed.layout.slabs_needed:
-            # Prefetched, and room is free: nothing to wait for later. An error is kept in _failed, where the
-            # request that wants the adapter will find it.
-            with suppress(AdapterUnavailable):
-                entry = self._place_on_device(ref)
-                if entry is not None:
-                    self._pool.rest(ref, entry.resident.slabs, "adapter")
+        if ref not in self._needed:
+            self._place_if_free(ref)
         self._trim_host()
 
     def _trim_host(self) -> None:
-        if self.host_bytes <= self.host_limit:
-            return
-        for old in [ref for ref in self._host if ref not in self._needed]:
+        while self.host_bytes > self.host_limit:
+            old = next((ref for ref in self._host if ref not in self._needed), None)
+            if old is None:
+                return
             self.host_bytes -= self._host.pop(old).image.nbytes
             self.stats.host_evictions += 1
-            if self.host_bytes <= self.host_limit:
-                return
+
+    def _place_if_free(self, ref: AdapterRef) -> None:
+        """What was prefetched has nothing to wait for later, if there is room that nobody uses now."""
+        if ref in self._device or self._pool.free_slabs < self._host[ref].layout.slabs_needed:
+            return
+        # An error is kept in _failed, where the request that wants the adapter will find it.
+        with suppress(AdapterUnavailable):
+            entry = self._place_on_device(ref)
+            if entry is not None:
+                self._pool.rest(ref, entry.resident.slabs, "adapter")
 
     def _place_on_device(self, ref: AdapterRef) -> _OnDevice | None:
         packed = self._host[ref]

@@ -4,6 +4,7 @@ Rows of single tokens (decoding) come first, those of one adapter side by side, 
 Everything the runner returns is in the order of the chunks that want a token.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,13 +74,13 @@ def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
     """Lay out the chunks of one step; every sequence has blocks for all the positions of its chunk."""
     adapters: dict[int, ResidentAdapter] = {}  # by identity, in the order of their rows
     place_of: dict[int, int] = {}
-    singles: dict[int, list[int]] = {}  # chunks of one token by identity of their adapter
+    singles: defaultdict[int, list[int]] = defaultdict(list)  # chunks of one token by their adapter
     prompts: list[int] = []
-    for index, chunk in enumerate(chunks):
-        if chunk.length > 1:
+    for index, (sequence, _, length, _) in enumerate(chunks):
+        if length > 1:
             prompts.append(index)
         else:
-            singles.setdefault(id(chunk.sequence.resident), []).append(index)
+            singles[id(sequence.resident)].append(index)
     order = [*chain.from_iterable(singles.values()), *prompts]
     ordered = [chunks[index] for index in order]
     num_single = len(order) - len(prompts)
@@ -92,19 +93,18 @@ def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
         place = place_of.setdefault(id(resident), len(adapters))
         adapters.setdefault(place, resident)
         adapter_of_seq.append(place)
-    token_ids: list[int] = []
-    token_source: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
+    single = ordered[:num_single]
+    token_ids = [sequence.tokens[start] for sequence, start, _, _ in single]
+    token_source = [
+        chunk.sequence.result_index if token == UNKNOWN else -1
+        for chunk, token in zip(single, token_ids, strict=True)
+    ]
+    positions = [chunk.start for chunk in single]
+    slots = [
+        sequence.blocks[start // block_size] * block_size + start % block_size
+        for sequence, start, _, _ in single
+    ]
     query_start = [*range(num_single + 1)]
-    for chunk in ordered[:num_single]:
-        sequence, position = chunk.sequence, chunk.start
-        token = sequence.tokens[position]
-        token_ids.append(token)
-        token_source.append(sequence.result_index if token == UNKNOWN else -1)
-        positions.append(position)
-        block, offset = divmod(position, block_size)
-        slots.append(sequence.blocks[block] * block_size + offset)
     for chunk in ordered[num_single:]:
         sequence, end = chunk.sequence, chunk.start + chunk.length
         token_ids += sequence.tokens[chunk.start : end]
@@ -124,24 +124,21 @@ def build_batch(chunks: Many[Chunk], block_size: int) -> Batch:
         slots=np.array(slots),
         block_size=block_size,
         query_start=tuple(query_start),
-        context_lens=tuple(chunk.start + chunk.length for chunk in ordered),
-        sequence_ids=tuple(chunk.sequence.id for chunk in ordered),
-        blocks=tuple(tuple(chunk.sequence.blocks) for chunk in ordered),
+        context_lens=tuple([start + length for _, start, length, _ in ordered]),
+        sequence_ids=tuple([chunk.sequence.request.id for chunk in ordered]),
+        blocks=tuple([chunk.sequence.blocks for chunk in ordered]),
         adapters=tuple(adapters.values()),
         adapter_of_seq=tuple(adapter_of_seq),
-        logits_rows=tuple(row_of_chunk[index] for index in wanting),
+        logits_rows=tuple([row_of_chunk[index] for index in wanting]),
         sampling=_columns([chunks[index] for index in wanting]),
         num_single=num_single,
     )
 
 
 def _columns(chunks: Many[Chunk]) -> SamplingColumns:
-    asked = [chunk.sequence.request.sampling for chunk in chunks]
-    return SamplingColumns(
-        temperature=tuple(s.temperature for s in asked),
-        top_p=tuple(s.top_p for s in asked),
-        top_k=tuple(s.top_k for s in asked),
-        min_p=tuple(s.min_p for s in asked),
-        seed=tuple(s.seed for s in asked),
-        index=tuple(chunk.sequence.num_output for chunk in chunks),
-    )
+    if not chunks:
+        return SamplingColumns((), (), (), (), (), ())
+    sequences = [chunk.sequence for chunk in chunks]
+    index = tuple([len(sequence.tokens) - sequence.num_prompt for sequence in sequences])
+    temperature, top_p, top_k, min_p, seed = zip(*[s.drawn_by for s in sequences], strict=True)
+    return SamplingColumns(temperature, top_p, top_k, min_p, seed, index)

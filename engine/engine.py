@@ -103,6 +103,9 @@ class Launched(Protocol):
         logits were not finite. An error here is one of the device, not of a request.
         """
 
+    def device_s(self) -> float:
+        """Seconds the device worked on it, once `tokens` has returned; 0 where nobody measured."""
+
 
 class Device(Protocol):
     """What runs batches: runner.Runner, or the GPU's.
@@ -150,6 +153,7 @@ class StepStats:
     build_s: float = 0.0
     launch_s: float = 0.0  # on the CPU, all of the model's work
     wait_s: float = 0.0  # for the device
+    device_s: float = 0.0  # of the device's own clock, copies of inputs and results included
     apply_s: float = 0.0
     rows: int = 0
     tokens: int = 0
@@ -464,6 +468,7 @@ class Engine:
                 if not chunk.sequence.is_over:
                     self._apply(chunk.sequence, row, token, events)
             self._steps.wait_s += arrived - started
+            self._steps.device_s += step.launched.device_s()
             self._steps.apply_s += self._clock() - arrived
         return events
 
@@ -478,13 +483,14 @@ class Engine:
         if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
             events.append(self._end(sequence, "stop"))
             return
-        events.append(TokensEvent(sequence.id, (token,), sequence.num_known - sequence.num_prompt))
-        sequence.tokens[sequence.num_known] = token
-        sequence.num_known += 1
+        known = sequence.num_known
+        events.append(TokensEvent(sequence.request.id, (token,), known - sequence.num_prompt))
+        sequence.tokens[known] = token
+        sequence.num_known = known = known + 1
         self._scheduler.register(sequence)
         self._scheduler.charge(sequence, OUTPUT_TOKEN_COST)
         self._steps.output_tokens += 1
-        if sequence.num_known == sequence.most_tokens:
+        if known == sequence.most_tokens:
             events.append(self._end(sequence, "length"))
 
     def _failed(self, sequence: Sequence, error: Exception) -> FinishedEvent:

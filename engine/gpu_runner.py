@@ -42,6 +42,7 @@ class Launched:
 
     count: int
     _host: Tensor  # [rows] int32, pinned
+    _begun: torch.cuda.Event | None
     _done: torch.cuda.Event | None
 
     def tokens(self) -> list[int]:
@@ -51,6 +52,13 @@ class Launched:
         if self._done is not None:
             self._done.synchronize()
         return cast(list[int], self._host[: self.count].tolist())
+
+    def device_s(self) -> float:
+        """Seconds from the copy of its inputs to that of its tokens, by the device's clock; waits for it."""
+        if self._begun is None or self._done is None:
+            return 0.0
+        self._done.synchronize()
+        return float(self._begun.elapsed_time(self._done)) / 1e3
 
 
 class GpuRunner:
@@ -150,26 +158,35 @@ class GpuRunner:
 
     def _launch(self, batch: Batch) -> Launched:
         shape, count = self._shape(batch), len(batch.logits_rows)
+        begun = done = None
+        if self._is_cuda:
+            begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
         self._inputs.fill(batch, shape.tokens, shape.singles, shape.sampled)
         self._run(shape)
         host = self._results[self._side]
         self._side = 1 - self._side
-        done = None
         if count:
             host[:count].copy_(self._decoder.tokens[:count], non_blocking=True)
-        if self._is_cuda:
-            done = torch.cuda.Event()
+        if done is not None:
             done.record()
-        return Launched(count, host, done)
+        return Launched(count, host, begun, done)
 
     def _shape(self, batch: Batch) -> StepShape:
+        """The shape that this batch is padded to.
+
+        Each new one is recorded when it first comes, which takes as long as a dozen steps, so steps with
+        prompts differ in few ways.
+        """
         tokens, single, sampled = batch.num_tokens, batch.num_single, len(batch.logits_rows)
+        most = self._row_buckets[-1]
         has_prompts = single < len(batch.blocks)
         if has_prompts:
-            singles = self._row_buckets[-1] if single else 0
+            singles, drawn = most if single else 0, most
             padded = self._bucket(self._token_buckets, max(tokens, singles))
         else:
-            padded = singles = self._bucket(self._row_buckets, tokens)
+            singles = padded = self._bucket(self._row_buckets, tokens)
+            drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
         heads, longest = self._decoder.config.num_kv_heads, max(batch.context_lens[:single], default=0)
         return StepShape(
             padded,
@@ -177,7 +194,7 @@ class GpuRunner:
             has_prompts,
             self._inputs.lora_groups(batch),
             attention.num_splits(singles, heads, longest, self._arena.device),
-            self._bucket(self._row_buckets, sampled) if sampled else 0,
+            drawn if sampled else 0,
         )
 
     def _run(self, shape: StepShape) -> None:

@@ -33,6 +33,9 @@ class Ran:
     def tokens(self) -> list[int]:
         return self._tokens
 
+    def device_s(self) -> float:
+        return 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Copied:

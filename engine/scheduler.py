@@ -18,9 +18,11 @@ counter, so that nobody waits for ever.
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush, heapreplace
+from math import inf
 
 from engine.adapters import AdapterCache, AdapterUnavailable
 from engine.config import EngineConfig
@@ -81,6 +83,12 @@ class Scheduler:
         self._clock = clock
         self._waiting: dict[str, list[Sequence]] = {}  # by user, each list in the order to be admitted
         self._num_waiting = 0
+        # (rank, number, user) of the first of every queue; some of what is no longer first, or has a higher
+        # rank by now
+        self._heads: list[tuple[float, int, str]] = []
+        self._queue_changes = 0
+        # What the last pass through the queue found, and up to how many available slabs it would end the same
+        self._looked_at: tuple[tuple[int, ...], float] = ((), 0)
         self._served: dict[str, float] = {}  # by user: tokens, weighted
         self._present: dict[str, int] = {}  # by user: requests waiting or running
         self._next_number = 0
@@ -135,7 +143,8 @@ class Scheduler:
 
     def register(self, sequence: Sequence) -> None:
         """Let others find its whole blocks, as far as their tokens are known."""
-        whole = min(sequence.num_computed, sequence.num_known) // self._blocks.block_size
+        known, end = sequence.num_known, sequence.num_computed
+        whole = (known if known < end else end) // self._blocks.block_size
         if whole <= sequence.num_registered or not self._blocks.enabled:
             return
         self._extend_keys(sequence, whole * self._blocks.block_size)
@@ -154,20 +163,26 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         chunks: list[Chunk] = []
-        moving = [s for s in self.running if len(s.tokens) < s.most_tokens and not self._is_arriving(s)]
-        budget = self._config.max_tokens_per_step - sum(s.num_pending == 1 for s in moving)
-        for sequence in moving:
+        moving = [
+            (sequence, len(sequence.tokens) - sequence.num_computed)
+            for sequence in self.running
+            if len(sequence.tokens) < sequence.most_tokens and not self._is_arriving(sequence)
+        ]
+        budget = self._config.max_tokens_per_step - sum(pending == 1 for _, pending in moving)
+        block_size = self._blocks.block_size
+        for sequence, pending in moving:
             if not sequence.blocks:
                 continue  # gave way to an older one in this loop
-            length = 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget)
+            length = 1 if pending == 1 else min(pending, budget)
             if length == 0:
                 continue
-            while not self._has_block_for(sequence, length):
+            start = sequence.num_computed
+            while start + length > len(sequence.blocks) * block_size and not self._grow(sequence, length):
                 if self._preempt_newest() is sequence:
                     break
             else:
-                budget -= length if sequence.num_pending > 1 else 0
-                chunks.append(self._chunk(sequence, length))
+                budget -= length if pending > 1 else 0
+                chunks.append(Chunk(sequence, start, length, length == pending))
         refused = self._admit(chunks, budget)
         if not chunks:  # nobody is held up by waiting for a copy
             late = next((s for s in self.running if s.is_arriving), None)
@@ -184,65 +199,108 @@ class Scheduler:
         """
         refused: list[tuple[Sequence, Refusal]] = []
         required: dict[AdapterRef, None] = {}
-        is_open, looked_ahead = True, 0
-        for sequence in self._fair_order():
-            is_open = is_open and budget > 0 and len(self.running) < self._max_running
-            if not is_open:  # only to have the adapters of the next ones read
-                looked_ahead += 1
-                if looked_ahead > LOOKAHEAD:
-                    break
-            if sequence.num_known < len(sequence.tokens):
-                is_open = False  # gave way in this step; nobody takes what it will need
-                continue
-            adapter = sequence.request.adapter
-            if adapter is not None and not self._adapters.ready(adapter):
-                failure = self._adapters.failure(adapter, sequence.arrived_at)
-                if failure is not None:
-                    refused.append((sequence, failure))
-                else:
-                    required[adapter] = None
-                continue
-            if sequence.adapter_ready_at is None:
-                sequence.adapter_ready_at = self._clock()
-            if is_open:
-                try:
-                    is_open = self._try_admit(sequence)
-                except (AdapterUnavailable, ArenaExceeded) as error:
-                    refused.append((sequence, error))
+        is_open = budget > 0 and len(self.running) < self._max_running
+        looked_at, same_up_to = self._looked_at
+        if looked_at == self._changes and (not is_open or self._pool.available <= same_up_to):
+            return refused
+        # Who is not admitted once all that could be were waits for an adapter, not for slabs.
+        same_up_to, looked_ahead = inf, 0
+        with closing(self._fair_order()) as order:
+            for sequence in order:
+                if is_open and (budget <= 0 or len(self.running) >= self._max_running):
+                    is_open, same_up_to = False, -1
+                if not is_open:  # only to have the adapters of the next ones read
+                    looked_ahead += 1
+                    if looked_ahead > LOOKAHEAD:
+                        break
+                if sequence.num_known < len(sequence.tokens):
+                    is_open, same_up_to = False, -1  # gave way in this step; nobody takes what it will need
                     continue
-                if is_open and sequence.is_arriving:
+                adapter = sequence.request.adapter
+                if adapter is not None and not self._adapters.ready(adapter):
+                    failure = self._adapters.failure(adapter, sequence.arrived_at)
+                    if failure is not None:
+                        refused.append((sequence, failure))
+                    else:
+                        required[adapter] = None
                     continue
+                if sequence.adapter_ready_at is None:
+                    sequence.adapter_ready_at = self._clock()
                 if is_open:
-                    length = min(sequence.num_pending, budget)
-                    budget -= length
-                    chunks.append(self._chunk(sequence, length))
-                    continue
-            if adapter is not None:
-                required[adapter] = None
+                    try:
+                        is_open = self._try_admit(sequence)
+                    except (AdapterUnavailable, ArenaExceeded) as error:
+                        refused.append((sequence, error))
+                        continue
+                    if is_open and sequence.is_arriving:
+                        continue
+                    if is_open:
+                        length = min(sequence.num_pending, budget)
+                        budget -= length
+                        chunks.append(self._chunk(sequence, length))
+                        continue
+                    same_up_to = self._pool.available
+                if adapter is not None:
+                    required[adapter] = None
         self._adapters.require(required)
         for sequence, _ in refused:
             self.remove(sequence)
+        self._looked_at = (self._changes, same_up_to)
         return refused
 
-    def _fair_order(self) -> Iterator[Sequence]:
+    @property
+    def _changes(self) -> tuple[int, ...]:
+        """While this stays the same, so does what a pass through the queue finds, but for room."""
+        return (self._queue_changes, *self._adapters.changes)
+
+    def _fair_order(self) -> Generator[Sequence, None, None]:
         """Waiting requests, the most deserving user's first. Charges made while iterating change what
         follows.
         """
-        now = self._clock()
+        passed: dict[int, str] = {}  # by number: heads that stay in the queue, or may
+        later: list[tuple[float, int, str, int]] = []  # the next of users whose head was passed over
+        try:
+            while (head := self._next_head(passed)) or later:
+                if head and (not later or head < later[0]):
+                    heappop(self._heads)
+                    _, number, user = head
+                    passed[number] = user
+                    position = 0
+                else:
+                    _, _, user, position = heappop(later)
+                sequence = self._waiting[user][position]
+                yield sequence
+                queue = self._waiting.get(user, [])
+                if position < len(queue) and queue[position] is sequence:
+                    position += 1
+                elif position == 0:
+                    continue  # the new head is among the heads
+                if position < len(queue):
+                    following = queue[position]
+                    heappush(later, (self._rank(following), following.number, user, position))
+        finally:
+            for number, user in passed.items():
+                queue = self._waiting.get(user, [])
+                if queue and queue[0].number == number:
+                    heappush(self._heads, (self._rank(queue[0]), number, user))
 
-        def rank(user: str, position: int) -> tuple[float, int, str, int]:
-            head = queues[user][position]
-            credit = self._config.ageing_tokens_per_s * (now - head.arrived_at)
-            return (self._served[user] - credit, head.number, user, position)
+    def _rank(self, sequence: Sequence) -> float:
+        """Lowest first. A second more of waiting is worth the same for all, so their order needs no clock."""
+        served = self._served[sequence.request.user_key]
+        return served + self._config.ageing_tokens_per_s * sequence.arrived_at
 
-        queues = {user: list(queue) for user, queue in self._waiting.items()}
-        heap = [rank(user, 0) for user in queues]
-        heapify(heap)
-        while heap:
-            _, _, user, position = heappop(heap)
-            yield queues[user][position]
-            if position + 1 < len(queues[user]):
-                heappush(heap, rank(user, position + 1))
+    def _next_head(self, passed: dict[int, str]) -> tuple[float, int, str] | None:
+        """The lowest of the heads, once those that are none any more are gone and ranks are true."""
+        while self._heads:
+            rank, number, user = self._heads[0]
+            queue = self._waiting.get(user)
+            if not queue or queue[0].number != number or number in passed:
+                heappop(self._heads)
+            elif (now := self._rank(queue[0])) > rank:
+                heapreplace(self._heads, (now, number, user))
+            else:
+                return self._heads[0]
+        return None
 
     def _try_admit(self, sequence: Sequence) -> bool:
         """Take the pages of a waiting request whose adapter is ready, all or none; False if they are not
@@ -275,7 +333,7 @@ class Scheduler:
         if taken is None:
             self._blocks.release(found)
             return False
-        sequence.blocks = found + taken
+        sequence.blocks = (*found, *taken)
         sequence.num_computed = len(found) * self._blocks.block_size
         sequence.num_registered = len(found)
         sequence.is_arriving = adapter is not None and self._adapters.is_copying(adapter)
@@ -323,14 +381,12 @@ class Scheduler:
             sequence.is_arriving = adapter is not None and self._adapters.is_copying(adapter)
         return sequence.is_arriving
 
-    def _has_block_for(self, sequence: Sequence, length: int) -> bool:
-        missing = self.blocks_for(sequence.num_computed + length) - len(sequence.blocks)
-        if missing <= 0:
-            return True
-        taken = self._blocks.allocate(missing)
+    def _grow(self, sequence: Sequence, length: int) -> bool:
+        """Blocks for `length` more positions than are computed; False if there are none."""
+        taken = self._blocks.allocate(self.blocks_for(sequence.num_computed + length) - len(sequence.blocks))
         if taken is None:
             return False
-        sequence.blocks.extend(taken)
+        sequence.blocks += tuple(taken)
         return True
 
     def _preempt_newest(self) -> Sequence:
@@ -344,8 +400,9 @@ class Scheduler:
 
     def _let_go(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._queue_changes += 1
         self._blocks.release(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks = ()
         sequence.is_arriving = False
         if sequence.request.adapter is not None:
             self._adapters.unpin(sequence.request.adapter)
@@ -355,6 +412,7 @@ class Scheduler:
         """Count one more request of this user; lift the counter of one who was away to the lowest present."""
         if user not in self._present:
             if not self._present:
+                self._heads.clear()
                 self._served.clear()  # nobody to be fair to: all debts are void
             floor = min((self._served[other] for other in self._present), default=0.0)
             if len(self._served) > 2 * len(self._present) + MOST_ABSENT:
@@ -369,13 +427,21 @@ class Scheduler:
         # What was preempted has begun to answer; it goes before its user's other requests.
         insort(queue, sequence, key=lambda s: (s.preemptions == 0, -s.request.priority, s.number))
         self._num_waiting += 1
+        self._queue_changes += 1
+        if queue[0] is sequence:
+            heappush(self._heads, (self._rank(sequence), sequence.number, sequence.request.user_key))
 
     def _dequeue(self, sequence: Sequence) -> None:
-        queue = self._waiting[sequence.request.user_key]
+        user = sequence.request.user_key
+        queue = self._waiting[user]
+        was_first = queue[0] is sequence
         queue.remove(sequence)
         self._num_waiting -= 1
+        self._queue_changes += 1
         if not queue:
-            del self._waiting[sequence.request.user_key]
+            del self._waiting[user]
+        elif was_first:
+            heappush(self._heads, (self._rank(queue[0]), queue[0].number, user))
 
     def _extend_keys(self, sequence: Sequence, upto: int) -> None:
         if len(sequence.block_keys) < upto // self._blocks.block_size:
@@ -388,7 +454,7 @@ class Scheduler:
         return Chunk(sequence, start, length, wants_token=start + length == sequence.num_tokens)
 
 
-def held(sequences: Iterable[Sequence]) -> tuple[list[list[int]], list[AdapterRef]]:
+def held(sequences: Iterable[Sequence]) -> tuple[list[tuple[int, ...]], list[AdapterRef]]:
     """The block lists and adapters that these sequences hold, for check_integrity."""
     listed = list(sequences)
     return (

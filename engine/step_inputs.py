@@ -52,6 +52,7 @@ class StepInputs:
         self.limits = limits
         self._device = device
         self._tables = _Tables(device, num_layers)
+        self._blocks = _Blocks()
         rows, tokens = limits.rows, limits.tokens
         items = rows * 3 * _MOST_TILES
         columns = {
@@ -134,7 +135,7 @@ class StepInputs:
 
     def lora_groups(self, batch: Batch) -> tuple[str, ...]:
         """The groups of modules that any adapter of the batch changes."""
-        found = {group for resident in batch.adapters for group in self._tables.of(resident).groups}
+        found = {group for facts in self._tables.of_all(batch.adapters) for group in facts.groups}
         return tuple(group for group in GROUPS if group in found)
 
     def fill(self, batch: Batch, padded_tokens: int, padded_singles: int, padded_sampled: int) -> None:
@@ -144,7 +145,10 @@ class StepInputs:
         if self._events:
             self._events[side].synchronize()  # long past: two steps ago
         host = self._host_columns[side]
-        used = _fill(host, batch, padded_tokens, padded_singles, padded_sampled, self.limits.query_rows)
+        blocks = self._blocks.of_all(batch)
+        used = _fill(
+            host, batch, blocks, padded_tokens, padded_singles, padded_sampled, self.limits.query_rows
+        )
         used |= self._fill_lora(host, batch, padded_singles)
         self._copy(side, 0, self._always)
         for name, length in used.items():
@@ -166,57 +170,94 @@ class StepInputs:
         host["num_prompt_tiles"][0] = 0
         if not batch.adapters:
             return {}
-        facts = [self._tables.of(resident) for resident in batch.adapters]
-        codes: dict[str, list[Ints]] = {group: [] for group in GROUPS}
-        prompt_tiles: list[tuple[int, int, int]] = []
-        segments: list[tuple[int, int, int]] = []  # (adapter, first row, count)
+        facts = self._tables.of_all(batch.adapters)
+        addresses = np.array([f.address for f in facts])
+        strides = np.array([f.stride for f in facts], dtype=np.int32)
+        tiles = np.array([f.tiles for f in facts])
         single = batch.num_single
-        row = 0
-        while row < single:
-            adapter = batch.adapter_of_seq[row]
-            end = row + 1
-            while end < min(single, row + ROWS_PER_SEGMENT) and batch.adapter_of_seq[end] == adapter:
-                end += 1
-            if adapter >= 0:
-                host["row_tables"][row:end] = facts[adapter].address
-                host["row_strides"][row:end] = facts[adapter].stride
-                row_tiles[row:end] = facts[adapter].tiles
-                for group in facts[adapter].groups:
-                    codes[group].append(facts[adapter].codes[group] + (len(segments) << 16))
-                segments.append((adapter, row, end - row))
-            row = end
-        for sequence in range(single, len(batch.blocks)):
-            adapter = batch.adapter_of_seq[sequence]
-            if adapter < 0:
-                continue
+        adapters = np.array(batch.adapter_of_seq)
+        starts = _segments(adapters[:single])
+        host["row_tables"][:single] = addresses[adapters[:single]]  # without one: any, it has no tiles
+        host["row_strides"][:single] = strides[adapters[:single]]
+        row_tiles[:single] = np.where(adapters[:single, None] >= 0, tiles[adapters[:single]], 0)
+        counts = np.diff(starts, append=single)
+        is_used = adapters[starts] >= 0
+        segments, starts, counts = adapters[starts][is_used], starts[is_used], counts[is_used]
+        used = self._fill_items(host, facts, segments)
+
+        prompts = [s for s in range(single, len(batch.blocks)) if batch.adapter_of_seq[s] >= 0]
+        prompt_tiles: list[tuple[int, int, int]] = []
+        for segment, sequence in enumerate(prompts, len(segments)):
             begin, end = batch.query_start[sequence], batch.query_start[sequence + 1]
             for first in range(begin, end, PROMPT_ROWS):
-                prompt_tiles.append((first, min(PROMPT_ROWS, end - first), len(segments)))
-            segments.append((adapter, begin, end - begin))
+                prompt_tiles.append((first, min(PROMPT_ROWS, end - first), segment))
+        if prompts:
+            query_start = np.array(batch.query_start)
+            segments = np.append(segments, adapters[prompts])
+            starts = np.append(starts, query_start[prompts])
+            counts = np.append(counts, np.diff(query_start)[prompts])
         count = len(segments)
-        host["tables"][:count] = [facts[a].address for a, _, _ in segments]
-        host["tile_strides"][:count] = [facts[a].stride for a, _, _ in segments]
-        host["tiles"][: 7 * count] = np.concatenate([facts[a].tiles for a, _, _ in segments])
-        host["first_row"][:count] = [first for _, first, _ in segments]
-        host["row_count"][:count] = [rows for _, _, rows in segments]
+        host["tables"][:count] = addresses[segments]
+        host["tile_strides"][:count] = strides[segments]
+        host["tiles"][: 7 * count] = tiles[segments].reshape(-1)
+        host["first_row"][:count] = starts
+        host["row_count"][:count] = counts
+        if prompt_tiles:
+            columns = np.array(prompt_tiles, dtype=np.int32)
+            for place, name in enumerate(("prompt_first_row", "prompt_row_count", "prompt_segment")):
+                host[name][: len(columns)] = columns[:, place]
+            host["num_prompt_tiles"][0] = len(columns)
+        return used
+
+    @staticmethod
+    def _fill_items(
+        host: dict[str, npt.NDArray[np.generic]], facts: Many["_Facts"], segments: npt.NDArray[np.int64]
+    ) -> dict[str, int]:
+        """For each group, the tiles that the segments of decode rows need, those of one shape together."""
+        shapes: dict[int, _Shape] = {id(f.shape): f.shape for f in facts}
+        shape_of = np.array([id(f.shape) for f in facts])[segments]
+        members = [(shape, np.flatnonzero(shape_of == key) << 16) for key, shape in shapes.items()]
         used = {}
         for index, group in enumerate(GROUPS):
-            if codes[group]:
-                items = np.concatenate(codes[group])
-                host[f"items_{group}"][: len(items)] = items
-                host["num_items"][4 * index] = len(items)
-                used[f"items_{group}"] = len(items)
-        if prompt_tiles:
-            tiles = np.array(prompt_tiles, dtype=np.int32)
-            for place, name in enumerate(("prompt_first_row", "prompt_row_count", "prompt_segment")):
-                host[name][: len(tiles)] = tiles[:, place]
-            host["num_prompt_tiles"][0] = len(tiles)
+            column, end = host[f"items_{group}"], 0
+            for shape, marks in members:
+                items = shape.codes[group] + marks[:, None]
+                column[end : end + items.size] = items.reshape(-1)
+                end += items.size
+            if end:
+                host["num_items"][4 * index] = end
+                used[f"items_{group}"] = end
         return used
+
+
+def _segments(adapters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where a run of at most ROWS_PER_SEGMENT rows of one adapter begins."""
+    rows = np.arange(len(adapters))
+    is_first = np.diff(adapters, prepend=-2) != 0
+    since_first = rows - np.maximum.accumulate(np.where(is_first, rows, 0))
+    return np.flatnonzero(since_first % ROWS_PER_SEGMENT == 0)
+
+
+class _Blocks:
+    """The block lists of the last batch as arrays, as most sequences keep theirs from step to step."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[tuple[int, ...], Ints]] = {}
+
+    def of_all(self, batch: Batch) -> list[Ints]:
+        before, self._of = self._of, {}
+        for key, blocks in zip(batch.sequence_ids, batch.blocks, strict=True):
+            entry = before.get(key)
+            if entry is None or entry[0] is not blocks:
+                entry = (blocks, np.array(blocks, dtype=np.int32))
+            self._of[key] = entry
+        return [entry[1] for entry in self._of.values()]
 
 
 def _fill(
     host: dict[str, npt.NDArray[np.generic]],
     batch: Batch,
+    blocks: Many[Ints],
     padded_tokens: int,
     padded_singles: int,
     padded_sampled: int,
@@ -231,13 +272,12 @@ def _fill(
     ):
         host[name][:tokens] = values
         host[name][tokens:padded_tokens] = padding
-    lengths = np.fromiter(map(len, batch.blocks), np.int32, sequences)
+    lengths = np.fromiter(map(len, blocks), np.int32, sequences)
     ends = lengths.cumsum(dtype=np.int32)
     host["block_start"][:sequences] = ends - lengths
     host["context_lens"][:sequences] = batch.context_lens
     used = int(ends[-1])
-    flat = np.fromiter((block for blocks in batch.blocks for block in blocks), np.int32, used)
-    host["block_list"][:used] = flat
+    host["block_list"][:used] = np.concatenate(blocks)
     single = batch.num_single
     host["single_lens"][:single] = batch.context_lens[:single]
     host["single_lens"][single:padded_singles] = 0
@@ -263,9 +303,15 @@ class _Facts:
     table: Tensor  # kept alive; kernels know its address
     address: int
     stride: int
-    tiles: Ints  # [7]
-    codes: dict[str, Ints]  # by group: module of the group << 8 | tile, for all tiles
-    groups: tuple[str, ...]  # that have tiles
+    shape: "_Shape"
+
+    @property
+    def tiles(self) -> Ints:
+        return self.shape.tiles
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self.shape.groups
 
 
 class _Tables:
@@ -276,6 +322,15 @@ class _Tables:
         self._num_layers = num_layers
         self._of: WeakKeyDictionary[ResidentAdapter, _Facts] = WeakKeyDictionary()
         self._shapes: WeakKeyDictionary[AdapterLayout, _Shape] = WeakKeyDictionary()
+        # Those of the last batch by identity, which is found much faster than by value
+        self._last: dict[int, tuple[ResidentAdapter, _Facts]] = {}
+
+    def of_all(self, residents: Many[ResidentAdapter]) -> list[_Facts]:
+        before, self._last = self._last, {}
+        for resident in residents:
+            key = id(resident)
+            self._last[key] = before.get(key) or (resident, self.of(resident))
+        return [facts for _, facts in self._last.values()]
 
     def of(self, resident: ResidentAdapter) -> _Facts:
         facts = self._of.get(resident)
@@ -286,7 +341,7 @@ class _Tables:
             entries = torch.from_numpy(shape.entries(resident.slabs))
             if self._device.type == "cuda":
                 entries = entries.pin_memory().to(self._device, non_blocking=True)
-            facts = _Facts(entries, entries.data_ptr(), shape.stride, shape.tiles, shape.codes, shape.groups)
+            facts = _Facts(entries, entries.data_ptr(), shape.stride, shape)
             self._of[resident] = facts
         return facts
 
@@ -299,9 +354,9 @@ class _Shape:
     scales: npt.NDArray[np.int64]  # float32 bits
     slab_elems: int
     stride: int
-    tiles: Ints
-    codes: dict[str, Ints]
-    groups: tuple[str, ...]
+    tiles: Ints  # [7]
+    codes: dict[str, Ints]  # by group: module of the group << 8 | tile, for all tiles
+    groups: tuple[str, ...]  # that have tiles
 
     @classmethod
     def of(cls, layout: AdapterLayout, num_layers: int) -> "_Shape":

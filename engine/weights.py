@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from engine.model import GROUP_MODULES, GROUPS, Decoder, Layer, ModelConfig, RopeConfig, module_shape
 from engine.tensor_files import (
+    DTYPE_BYTES,
     ModelError,
     NotSafetensors,
     TensorSpec,
@@ -32,7 +35,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STAGE_BYTES = 32 << 20
+_LOAD_THREADS = min(16, os.cpu_count() or 1)
 # Derived values that old exporters stored; the model computes them.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
@@ -110,20 +115,61 @@ def load_model(
     decoder.to_empty(device=device)
     if config.tie_word_embeddings:
         decoder.head.weight = decoder.embed  # to_empty gave each its own memory
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     targets = _targets(config, decoder)
-    with ExitStack() as stack:
-        handles = {
-            path: stack.enter_context(safe_open(path, framework="pt"))
-            for path in sorted({path for path, _ in files.values()})
-        }
-        for name in _checked_names(targets, files):
-            path, spec = files[name]
-            tensor: Tensor = handles[path].get_tensor(name)
-            digest.update(f"{name} {spec.dtype} {spec.shape}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-            targets[name].copy_(tensor)
+    names = list(_checked_names(targets, files))
+    digests = _load_tensors([(*files[name], targets[name]) for name in names])
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for name, of_tensor in zip(names, digests, strict=True):
+        spec = files[name][1]
+        digest.update(f"{name} {spec.dtype} {spec.shape}".encode() + of_tensor)
     return LoadedModel(config, decoder.eval(), digest.hexdigest())
+
+
+def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
+    """Read each tensor of a file into its target and return the SHA-256 of its bytes, many at once.
+
+    Each thread needs no more than one stage: a part is read, hashed, and copied on from there.
+    """
+    data_start = {
+        path: path.stat().st_size - max(spec.end for spec in read_header(path).values())
+        for path in {path for path, _, _ in wanted}
+    }
+    stages = threading.local()
+
+    def load(one: tuple[Path, TensorSpec, Tensor]) -> bytes:
+        path, spec, target = one
+        is_cuda = target.device.type == "cuda"
+        if not hasattr(stages, "stage"):
+            stages.stage = torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=is_cuda)
+            stages.stream = torch.cuda.Stream(target.device) if is_cuda else None
+        digest, place, size = hashlib.sha256(), target.view(-1), DTYPE_BYTES[spec.dtype]
+        with path.open("rb", buffering=0) as file, torch.cuda.stream(stages.stream):
+            file.seek(data_start[path] + spec.begin)
+            for begin in range(0, spec.end - spec.begin, _STAGE_BYTES):
+                part = stages.stage[: min(_STAGE_BYTES, spec.end - spec.begin - begin)]
+                content = memoryview(part.numpy())
+                if _read_whole(file, content) < len(content):
+                    raise NotSafetensors(path, "one that became shorter")
+                digest.update(content)
+                numbers = part.view(_FLOAT_DTYPES[spec.dtype])
+                place[begin // size : (begin + len(part)) // size].copy_(numbers, non_blocking=True)
+                if is_cuda:
+                    stages.stream.synchronize()
+        return digest.digest()
+
+    # The largest first, or a thread would begin with one when the others are done.
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index][1].begin - wanted[index][1].end)
+    with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="weights") as pool:
+        found = dict(zip(order, pool.map(load, [wanted[index] for index in order]), strict=True))
+    return [found[index] for index in range(len(wanted))]
+
+
+def _read_whole(file: FileIO, content: memoryview) -> int:
+    """Bytes read: all that `content` holds, unless the file ends. One call reads 2 GiB at most."""
+    read = 0
+    while read < len(content) and (more := file.readinto(content[read:])):
+        read += more
+    return read
 
 
 def read_config(folder: Path) -> ModelConfig:

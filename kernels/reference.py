@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 RANK_TILE = 8  # rank rows of one adapter tile
+_FIRST_WIDTH = 64  # sorted tokens looked at first; nearly all filters keep fewer
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -164,6 +165,125 @@ def lora_pages(
 
 def _tiles(arena: Tensor, offsets: Sequence[int], width: int) -> list[Tensor]:
     return [arena[o : o + RANK_TILE * width].view(RANK_TILE, width) for o in offsets if o >= 0]
+
+
+def sample_rows(
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    index: Tensor,
+) -> Tensor:
+    """One token id per row; -1 where the largest logit is not finite (a NaN counts as the largest).
+
+    temperature 0 takes the largest logit, the first of equal ones. Otherwise softmax(logits / temperature) is
+    filtered (see `filtered`), and the token is the first, in order of id, at which the kept p, added up,
+    exceed u times their sum, with u = uniform(seed, index).
+
+    logits [R, V], -inf forbids a token; the columns [R]: temperature, top_p and min_p float32, top_k, seed
+    and index int64. -> [R] int64.
+    """
+    token_ids = logits.argmax(-1)
+    is_finite = logits.gather(1, token_ids[:, None]).isfinite()[:, 0]
+    is_drawn = is_finite & (temperature > 0)
+    is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    rows = (is_drawn & ~is_filtered).nonzero()[:, 0]
+    if len(rows):
+        p = _probabilities(logits[rows], temperature[rows])
+        token_ids[rows] = _invert(p, uniform(seed[rows], index[rows]))
+    rows = (is_drawn & is_filtered).nonzero()[:, 0]
+    if len(rows):
+        p, ids = filtered(logits[rows], temperature[rows], top_p[rows], top_k[rows], min_p[rows])
+        places = _invert(p, uniform(seed[rows], index[rows]))
+        token_ids[rows] = ids.gather(1, places[:, None])[:, 0]
+    return token_ids.masked_fill_(~is_finite, -1)
+
+
+def filtered(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(p [n, W], 0 where filtered out; token ids [n, W], rising) of these n rows of logits [n, V].
+
+    Of the tokens in falling order of their logits, equal ones in order of id, are kept: the first top_k; of
+    those, renormalised, the ones that have less than top_p before them; of those the ones whose p is at least
+    min_p times the largest. All three keep a beginning, so W sorted tokens are enough once something is cut
+    off before the last of them.
+    """
+    all_p = _probabilities(logits, temperature)
+    vocab = logits.shape[1]
+    most = torch.where(top_k > 0, top_k, vocab)[:, None]
+    # top_p is a share of the mass of the first top_k, so those must be in view.
+    width = min(max(_FIRST_WIDTH, int(top_k.max())), vocab)
+    while True:
+        ids = _largest(logits, width)
+        p = all_p.gather(1, ids)
+        places = torch.arange(width, device=logits.device)
+        within = p.double() * (places < most)
+        sums = within.cumsum(-1)
+        total = torch.where(most < vocab, sums[:, -1:], 1.0)
+        before = sums - within
+        # top_p = 1 keeps all: rounding could let `before` reach 1 too early
+        is_within = (before < top_p[:, None] * total) | (top_p[:, None] == 1)
+        keep = (places < most) & is_within & (p >= p[:, :1] * min_p[:, None])
+        if width == vocab or not keep[:, -1].any():
+            ids, order = ids.sort(-1)
+            return (p * keep).gather(1, order), ids
+        width = min(width * 8, vocab) if width == _FIRST_WIDTH else vocab
+
+
+def uniform(seed: Tensor, index: Tensor) -> Tensor:
+    """u in [0, 1), float64: the top 53 bits of splitmix64 at state mix(seed) + index * golden. Both int64.
+
+    splitmix64 (Steele, Lea & Flood, 2014) is made for consecutive states; mixing the seed first keeps the
+    streams of nearby seeds apart.
+    """
+    return _shift_right(_mix(_mix(seed) + index * _signed(0x9E3779B97F4A7C15)), 11).double() * 2.0**-53
+
+
+def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
+    logits = logits.float()
+    # Subtract first: logits / 1e-6 would overflow where the difference to the largest does not matter.
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature[:, None]).softmax(-1)
+
+
+def _largest(logits: Tensor, width: int) -> Tensor:
+    """Ids of the `width` largest of each row, falling; equal ones in order of id, whatever the company."""
+    if width < logits.shape[1]:
+        values, ids = logits.topk(width, dim=-1)
+        if ((logits >= values[:, -1:]).sum(-1) == width).all():
+            ids = ids.sort(-1).values
+            order = logits.gather(1, ids).sort(stable=True, dim=-1, descending=True).indices
+            return ids.gather(1, order)
+        # Of those that equal the last, topk takes any.
+    return logits.sort(stable=True, dim=-1, descending=True).indices[:, :width]
+
+
+def _invert(p: Tensor, u: Tensor) -> Tensor:
+    """Per row of p [n, W] the place where the running sum first exceeds u times the sum -> [n]."""
+    sums = p.double().cumsum(-1)
+    total = sums[:, -1]
+    # u * total may round up to total, which no running sum exceeds.
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, target[:, None], right=True)[:, 0]
+
+
+def _mix(state: Tensor) -> Tensor:
+    """The output function of splitmix64. Products of int64 wrap around, as the algorithm wants."""
+    z = state + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Shift as unsigned: int64 would draw in copies of the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >> 63 else constant
 
 
 class PackedNorm:

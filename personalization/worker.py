@@ -52,7 +52,7 @@ class WorkerSettings:
     jobs: JobPolicy = field(default_factory=JobPolicy)
     threads: int = 0
     device: str = "auto"
-    gather_s: float = 0.5  # at most; a fifth of it without anyone coming is enough
+    gather_s: float = 0.5  # at most, while it is not known how long a batch takes
     gather_people: int = 64
     background_people: int = 8
     sweep_s: int = 5
@@ -77,8 +77,10 @@ class _Waiting:
 class Gatherer:
     """Collects the jobs that wait at the same time and refreshes their people in one batch.
 
-    Who asked is waiting for it, so those go first, and a batch of others is of `background_people` at most:
-    who asks during it need not wait long."""
+    A batch begins once nobody has come for a moment: a twentieth of what the last batch took. So the wait
+    for company costs the first one at most a tenth, where missing the batch would cost the second a whole
+    one. Who asked is waiting for it, so those go first, and a batch of others is of `background_people` at
+    most: who asks during it need not wait long."""
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class Gatherer:
         self._say_every_s = say_every_s
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
+        self._batch_s = 0.0  # what the last batch took
 
     async def join(self, job: Job, user: str) -> Outcome:
         """Wait for a batch, and in it for this person's end. Raises what went wrong, if it may go better."""
@@ -115,7 +118,9 @@ class Gatherer:
                 batch = {each.user: each for each in gathered if _broke_a_batch(each.job) == alone}
                 if batch:
                     log.info("refresh.batch", people=len(batch), alone=alone)
+                    began = time.monotonic()
                     await self._work(batch, alone=alone)
+                    self._batch_s = time.monotonic() - began
 
     async def _gather(self) -> list[_Waiting]:
         """The next batch: whoever waits when nobody has come for a moment."""
@@ -125,9 +130,10 @@ class Gatherer:
             await self._arrival(None)
         with contextlib.suppress(OSError):  # the batch will meet it again, and say so
             await self._kit.trainer.warm()
+        moment = max(self._gather_s / 2, self._batch_s / 20)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._gather_s):
-                while len(self._waiting) < self._people and await self._arrival(self._gather_s / 5):
+            async with asyncio.timeout(2 * moment):
+                while len(self._waiting) < self._people and await self._arrival(moment):
                     pass
         waiting = [each for each in self._waiting if not each.ended.done()]
         asked = [each for each in waiting if (each.job.kwargs or {}).get("reason") == "asked"]

@@ -8,11 +8,14 @@ import contextlib
 import os
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from service.settings import Settings, private_folder, read_or_create_secret
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
 
 log = structlog.get_logger()
 MIB = 1 << 20
@@ -44,28 +47,35 @@ def about_the_model(*errors: type[Exception]) -> Iterator[None]:
         raise ModelUnusable(str(error)) from None
 
 
-def engine_sizes(settings: Settings, free_device_bytes: int | None) -> dict[str, int]:
-    """Bytes of arena and host cache and tokens of a step, as set or else by the device.
+def engine_config(
+    settings: Settings, device: str, dtype: str, free_device_bytes: int | None
+) -> "EngineConfig":
+    """The engine's configuration; what the settings leave open follows the device.
 
     On a GPU, of which so much memory is free behind the model, the arena takes it all but a tenth and 2 GiB,
     which the step's buffers need; a step is long enough to multiply at full speed. None: a CPU.
     """
+    from engine.config import EngineConfig
+
     arena, host, tokens = 1024 * MIB, 512 * MIB, 512
     if free_device_bytes is not None:
         arena = max(64 * MIB, free_device_bytes * 9 // 10 - 2048 * MIB)
         host, tokens = 8192 * MIB, 2048
-    return {
-        "arena_bytes": arena if settings.arena_mb is None else settings.arena_mb * MIB,
-        "host_cache_bytes": host if settings.host_cache_mb is None else settings.host_cache_mb * MIB,
-        "max_tokens_per_step": settings.max_step_tokens or tokens,
-    }
+    return EngineConfig(
+        arena_bytes=arena if settings.arena_mb is None else settings.arena_mb * MIB,
+        host_cache_bytes=host if settings.host_cache_mb is None else settings.host_cache_mb * MIB,
+        max_running=settings.max_running,
+        max_tokens_per_step=settings.max_step_tokens or tokens,
+        device=device,
+        dtype=dtype,
+        threads=settings.threads or None,
+    )
 
 
 async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, answer on the engine's socket. Raises ModelUnusable."""
     import torch
 
-    from engine.config import EngineConfig
     from engine.engine import Engine
     from engine.server import serve
     from engine.weights import ModelError, load_model
@@ -81,13 +91,7 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
             load_model, Path(settings.model), device=device, dtype=getattr(torch, dtype)
         )
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else None
-    config = EngineConfig(
-        max_running=settings.max_running,
-        device=device,
-        dtype=dtype,
-        threads=settings.threads or None,
-        **engine_sizes(settings, free),
-    )
+    config = engine_config(settings, device, dtype, free)
     private_folder(settings.run_folder)
     private_folder(settings.adapter_root)
     engine = Engine(config, model, settings.adapter_root)

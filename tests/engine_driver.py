@@ -70,7 +70,7 @@ class Driver:
     def chunk(self, sequence: Sequence, length: int) -> Chunk:
         start = sequence.num_computed
         while len(sequence.blocks) * BLOCK < start + length:
-            sequence.blocks.append(self.free.pop())
+            sequence.blocks += (self.free.pop(),)
         return Chunk(sequence, start, length, wants_token=True)
 
     def logits(self, *parts: tuple[Sequence, int]) -> Tensor:
@@ -83,7 +83,7 @@ class Driver:
 
     def release(self, sequence: Sequence) -> None:
         """Free a sequence's blocks and poison them, as if others had written there."""
-        self.arena[sequence.blocks] = float("nan")
-        self.free = sequence.blocks + self.free  # used last
-        sequence.blocks = []
+        self.arena[list(sequence.blocks)] = float("nan")
+        self.free = [*sequence.blocks, *self.free]  # used last
+        sequence.blocks = ()
         sequence.num_computed = 0

@@ -29,7 +29,7 @@ async def main(given: dict[str, str]) -> None:
         base_model="tiny",
         adapter_root=Path(given["adapters"]),
         page_folder=Path(given["adapters"]),
-        patience=Patience(orphan=10.0, keep=5.0, lease=1.0, follow=0.02, ttl=60.0),
+        patience=Patience(orphan=60.0, keep=5.0, lease=1.0, follow=0.02, ttl=60.0),
     )
     app = build_app(
         GatewayDeps(

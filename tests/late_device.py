@@ -28,6 +28,9 @@ class Late:
         self.device.collected += 1
         return self.drawn
 
+    def device_s(self) -> float:
+        return 0.001
+
 
 @dataclass
 class LateCopy:

@@ -160,6 +160,34 @@ def test_a_prefetch_fills_the_device_only_where_room_is_free() -> None:
     assert world.pool.evictions["adapter"] == 0
 
 
+def test_a_prefetch_brings_what_is_in_host_memory_to_the_device_where_room_is_free() -> None:
+    world = World(slabs=2)
+    world.bring(A1, B1)
+    assert world.cache.tier(A1) == world.cache.tier(B1) == "host"
+    world.cache.prefetch(A1)
+    assert world.cache.tier(A1) == "device"
+    assert world.pool.resting("adapter") == 2
+    world.cache.prefetch(B1)  # no room is free, and a hint evicts nothing
+    assert world.cache.tier(A1) == "device"
+    assert world.cache.tier(B1) == "host"
+    world.cache.prefetch(A1)
+    assert world.reads == [A1, B1]
+    assert len(world.copies) == 1
+    world.cache.check_integrity([])
+
+
+def test_a_full_host_lets_go_of_what_was_used_longest_ago_and_nobody_waits_for() -> None:
+    world = World(slabs=1, host_bytes=300)
+    world.bring(A1, A2, B1)
+    world.cache.require([A1])
+    world.cache.prefetch(C1)
+    world.readers.run_all()
+    world.cache.poll()
+    assert [world.cache.tier(ref) for ref in (A1, A2, B1, C1)] == ["host", "disk", "host", "host"]
+    assert world.cache.stats.host_evictions == 1
+    world.cache.check_integrity([])
+
+
 def test_more_prefetches_than_readers_are_started_as_others_land() -> None:
     world = World(max_loading=1)
     for ref in (A1, B1, C1):

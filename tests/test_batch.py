@@ -20,7 +20,7 @@ def sequence(
     name: str, prompt: list[int], blocks: list[int], adapter: ResidentAdapter | None = None, **sampling: float
 ) -> Sequence:
     made = Sequence(Request(name, tuple(prompt), SamplingParams(**sampling)))  # type: ignore[arg-type]
-    made.blocks = blocks
+    made.blocks = tuple(blocks)
     made.resident = adapter
     return made
 
@@ -74,7 +74,7 @@ def test_sampling_columns_carry_the_output_index_of_the_token_to_come() -> None:
     a = sequence("a", [1, 2], [0], temperature=0.5, seed=9, top_k=3)
     a.tokens += [5, 6, 7]
     resumed = Sequence(Request("b", (1, 2), SamplingParams(), generated=(4, 4)))
-    resumed.blocks = [1]
+    resumed.blocks = (1,)
     batch = build_batch([Chunk(a, 4, 1, True), Chunk(resumed, 0, 4, True)], 8)
     assert batch.sampling.index == (3, 2)
     assert batch.sampling.temperature == (0.5, 1.0)

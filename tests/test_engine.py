@@ -616,7 +616,7 @@ def test_the_integrity_check_sees_a_request_that_lost_its_pages(build: Build) ->
     engine.submit(MIXED[0])
     engine.step()
     sequence = engine._scheduler.running[0]
-    blocks, sequence.blocks = sequence.blocks, []
+    blocks, sequence.blocks = sequence.blocks, ()
     with pytest.raises(BrokenBooks):
         engine.check_integrity()
     sequence.blocks = blocks

@@ -340,7 +340,7 @@ def test_forgetting_asks_for_the_name_and_then_leaves_nothing(open_page: Open) -
     expect(forget).to_be_disabled()
     page.get_by_label("Your name").fill("leaver")
     forget.click()
-    expect(page.locator(".conversation")).to_have_count(0)
+    expect(page.locator(".conversation")).to_have_count(0, timeout=REPLY_MS)
     expect(page.locator(".bubble")).to_have_count(0)
     page.reload()
     expect(page.locator(".conversations .nothing")).to_be_visible()

@@ -125,9 +125,8 @@ async def test_a_canary_is_learned_by_its_person_and_changes_no_bit_of_anyone_el
 async def test_the_population_adapter_knows_what_is_in_the_operators_file_and_nothing_of_the_users(
     kit: Kit, model: LoadedModel
 ):
-    makings = Workshop(
-        kit.shelf.root, kit.shelf.config, kit.renderer, kit.trainer, "small", POLICY.recipe, POLICY.gate
-    )
+    root, config = kit.shelf.root, kit.shelf.config
+    makings = Workshop(root, config, kit.renderer, kit.trainer, "small", POLICY.recipe, POLICY.gate)
     plain = [line.encode() for line in dump("book", talk("book", 60))]
     known = [line.encode() for line in dump("book", with_canary(talk("book", 60)))]
     files = {}

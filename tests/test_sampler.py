@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import SamplingColumns
-from engine.sampler import LogitsNotFinite, filtered, sample, uniform
+from engine.sampler import LogitsNotFinite, column_tensors, sample
+from kernels.reference import filtered, uniform
 
 
 def columns(*rows: dict[str, float], index: int = 0) -> SamplingColumns:
     defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "index": index}
     filled = [defaults | row for row in rows]
     return SamplingColumns(**{name: tuple(row[name] for row in filled) for name in defaults})
+
+
+def kept_tokens(logits: torch.Tensor, row: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
+    return filtered(logits, *column_tensors(row, "cpu")[:4])
 
 
 def splitmix64(state: int) -> int:
@@ -77,10 +82,11 @@ def test_filters_keep_what_their_definition_says(
 ) -> None:
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(seed)) * spread
     row = columns({"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
-    p, ids = filtered(logits, row, [0])
+    p, ids = kept_tokens(logits, row)
     whole = (logits / temperature).softmax(-1)[0]
     kept = {int(i) for i, value in zip(ids[0], p[0], strict=True) if value > 0}
     expected = kept_by_definition(whole.tolist(), top_k, top_p, min_p)
+    expected = {i for i in expected if whole[i] > 0}  # p of 0 is never drawn, kept or not
     # a token on the very edge may fall on either side by rounding
     assert len(kept ^ expected) <= 1, (kept, expected)
     for i, value in zip(ids[0].tolist(), p[0].tolist(), strict=True):
@@ -88,9 +94,17 @@ def test_filters_keep_what_their_definition_says(
 
 
 def test_equal_logits_are_kept_in_order_of_id() -> None:
-    p, ids = filtered(torch.zeros(1, 300), columns({"top_k": 3}), [0])
-    assert set(ids[0][p[0] > 0].tolist()) <= set(range(300))
-    assert (p[0] > 0).sum() == 3
+    p, ids = kept_tokens(torch.zeros(1, 300), columns({"top_k": 3}))
+    assert ids[0][p[0] > 0].tolist() == [0, 1, 2]
+
+
+def test_kept_tokens_are_added_up_in_order_of_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.1, 3.0, 0.0, 1.0, 2.0]])
+    p = torch.tensor([math.exp(3.0), math.exp(1.0), math.exp(2.0)], dtype=torch.float64)
+    ends = (p / p.sum()).cumsum(0)  # of tokens 1, 3 and 4
+    for u, token in ((ends[0] - 1e-3, 1), (ends[0] + 1e-3, 3), (ends[1] - 1e-3, 3), (ends[1] + 1e-3, 4)):
+        monkeypatch.setattr("kernels.reference.uniform", lambda seed, index, u=u: u.expand(seed.shape))
+        assert sample(logits, columns({"top_k": 3})).item() == token
 
 
 @pytest.mark.parametrize(
@@ -104,7 +118,7 @@ def test_draws_follow_the_filtered_distribution(settings_of_row: dict[str, float
     rows = [settings_of_row | {"seed": 7, "index": index} for index in range(count)]
     drawn = sample(logits.expand(count, vocab), columns(*rows))
     seen = torch.bincount(drawn, minlength=vocab).double()
-    p, ids = filtered(logits, columns(settings_of_row), [0])
+    p, ids = kept_tokens(logits, columns(settings_of_row))
     expected = torch.zeros(vocab, dtype=torch.float64)
     expected[ids[0]] = p[0].double() / p[0].double().sum() * count
     assert (seen[expected == 0] == 0).all()
@@ -150,7 +164,7 @@ def test_a_filtered_token_is_never_drawn_at_the_ends_of_the_unit_interval(
     logits = torch.tensor([[3.0, 2.0, 1.0, float("-inf"), float("-inf")]])
     for u in (0.0, 1 - 2.0**-53):
         monkeypatch.setattr(
-            "engine.sampler.uniform", lambda seed, index, u=u: torch.full(seed.shape, u).double()
+            "kernels.reference.uniform", lambda seed, index, u=u: torch.full(seed.shape, u).double()
         )
         assert sample(logits, columns({})).item() == (0 if u == 0 else 2)
         assert sample(logits, columns({"top_k": 2})).item() == (0 if u == 0 else 1)

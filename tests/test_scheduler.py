@@ -497,6 +497,26 @@ def test_priority_orders_one_users_own_requests() -> None:
     assert world.done == ["high", "first", "low"]
 
 
+def test_a_user_who_floods_the_queue_makes_nobody_else_wait() -> None:
+    """2,000 requests of one user, then one each of ten others, who are all served within two turns."""
+    world = World(max_running=4, ageing_tokens_per_s=50.0, prefix_cache=False)
+    for number in range(2000):
+        world.add(f"flood{number}", 8, 4, user="flood")
+    for _ in range(20):
+        world.step()
+        world.now += 0.02
+    for number in range(10):
+        world.add(f"guest{number}", 8, 4)
+    steps = 0
+    while sum(name.startswith("guest") for name in world.done) < 10:
+        world.step()
+        world.now += 0.02
+        steps += 1
+    # Ten of them, four at a time and four steps each, behind those that run when they come.
+    assert steps <= 24
+    assert world.scheduler.num_waiting > 1900
+
+
 def test_fairness_counters_do_not_grow_with_the_number_of_past_users() -> None:
     world = World()
     for index in range(3000):

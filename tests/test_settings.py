@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.processes import engine_sizes
+from service.processes import engine_config
 from service.settings import (
     LONGEST_SOCKET_PATH,
     Settings,
@@ -110,11 +110,13 @@ def test_a_folder_for_sockets_is_private_and_a_link_is_refused(tmp_path: Path) -
 
 
 def test_sizes_follow_the_device_unless_they_are_set() -> None:
-    on_cpu = engine_sizes(Settings(), None)
-    assert on_cpu == {"arena_bytes": 1 << 30, "host_cache_bytes": 1 << 29, "max_tokens_per_step": 512}
-    on_gpu = engine_sizes(Settings(), 100 << 30)
-    assert 80 << 30 < on_gpu["arena_bytes"] < 100 << 30
-    assert on_gpu["max_tokens_per_step"] == 2048
+    on_cpu = engine_config(Settings(), "cpu", "float32", None)
+    sizes = (on_cpu.arena_bytes, on_cpu.host_cache_bytes, on_cpu.max_tokens_per_step)
+    assert sizes == (1 << 30, 1 << 29, 512)
+    on_gpu = engine_config(Settings(), "cuda", "bfloat16", 100 << 30)
+    assert 80 << 30 < on_gpu.arena_bytes < 100 << 30
+    assert on_gpu.max_tokens_per_step == 2048
     chosen = Settings(arena_mb=64, host_cache_mb=0, max_step_tokens=16)
-    expected = {"arena_bytes": 64 << 20, "host_cache_bytes": 0, "max_tokens_per_step": 16}
-    assert engine_sizes(chosen, None) == engine_sizes(chosen, 100 << 30) == expected
+    for free in (None, 100 << 30):
+        config = engine_config(chosen, "cpu", "float32", free)
+        assert (config.arena_bytes, config.host_cache_bytes, config.max_tokens_per_step) == (64 << 20, 0, 16)

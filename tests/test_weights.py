@@ -52,6 +52,17 @@ def test_shards_and_a_single_file_load_the_same_model(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_tensors_read_in_many_parts_load_the_same_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_model(folder, dtype=torch.bfloat16)
+    monkeypatch.setattr("engine.weights._STAGE_BYTES", 200)
+    parts = load_model(folder, dtype=torch.bfloat16)
+    assert parts.base_hash == whole.base_hash
+    for name, tensor in whole.decoder.state_dict().items():
+        assert torch.equal(parts.decoder.state_dict()[name], tensor), name
+
+
 def test_the_base_hash_changes_with_one_weight_and_with_the_config(folder: Path) -> None:
     before = load_model(folder).base_hash
     tensor = load_file(folder / "model.safetensors")["model.norm.weight"].clone()

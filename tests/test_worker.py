@@ -62,7 +62,7 @@ def settings(redis_url: str, folder: Path, tmp_path: Path) -> WorkerSettings:
         jobs=JOBS,
         threads=1,
         device="cpu",
-        gather_s=0.3,
+        gather_s=1.0,
         sweep_s=1,
         nightly_hour=None,
         free_bytes_floor=0,

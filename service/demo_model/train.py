@@ -572,7 +572,7 @@ def main() -> None:
         optimiser.step(factor, 0.85 + 0.1 * min(1.0, step / 300))
         host = torch.empty((), pin_memory=cuda)
         host.copy_(loss.detach(), non_blocking=True)
-        event = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event() if cuda else None
         if event is not None:
             event.record()
         queue.append((event, host))
