@@ -36,10 +36,11 @@ from benchmarks.common import report
 from engine.adapter_files import LoraWeights
 from engine.weights import LoadedModel, load_model, read_config
 from personalization.examples import cut_by_time, serving_rows, split, words
-from personalization.gate import GatePolicy, weigh
+from personalization.gate import GatePolicy, settle, weigh
 from personalization.history import Turn, learned, parse
 from personalization.neutral import neutral_rows
 from personalization.prompt import Example, Renderer
+from personalization.refresh import RefreshPolicy
 from personalization.score import losses_of_many
 from personalization.train import Person, Recipe, best_dtype, train
 from service import demo_model
@@ -90,6 +91,13 @@ def entries() -> list[Entry]:
             recipe = dataclasses.replace(recipe, tokens_per_step=row_tokens)
         made.append(Entry(name, recipe, row_tokens, **mine))
 
+    # The service's own, at the strengths that its gate tries, and its neighbours.
+    strengths = (1.0, 0.7, 0.45)
+    for rate in (2e-3, 1e-3):
+        add(f"rate {rate:g}, rows of 1024, at most 32 steps", 1024, learning_rate=rate, most_steps=32,
+            shrinks=strengths)  # fmt: skip
+    add("rate 0.002, rows of 1024, 1 epoch", 1024, learning_rate=2e-3, epochs=1, shrinks=strengths)
+    add("rate 0.004, rows of 1024, 1 epoch", 1024, learning_rate=4e-3, epochs=1, shrinks=strengths)
     for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
         add(f"rate {rate:g}", learning_rate=rate, shrinks=(1.0, 0.7) if rate >= 2e-3 else (1.0,))
     for rate in (1e-3, 2e-3, 4e-3):
@@ -100,7 +108,7 @@ def entries() -> list[Entry]:
         add(f"rate 0.002, half-life {half_life:g}", learning_rate=2e-3, half_life=half_life)
     for pull in (1.0, 5.0, 20.0):
         add(f"rate 0.002, pull {pull:g}", learning_rate=2e-3, pull=pull)
-    add("rate 0.004, 1 epoch", learning_rate=4e-3, epochs=1)
+    add("rate 0.004, 1 epoch", learning_rate=4e-3, epochs=1, shrinks=strengths)
     add("rate 0.004, pull 5", learning_rate=4e-3, pull=5.0)
     add("rate 0.002, newest 150", learning_rate=2e-3, newest=150)
     add("rank 16, rate 0.002", rank=16, alpha=32.0, learning_rate=2e-3)
@@ -249,8 +257,8 @@ class Board:
         test = scores(self.model, [(a, s.test) for a, s in zip(adapters, self.subjects, strict=True)])
         drift = [each.mean - self.calm for each in scores(self.model, [(a, self.neutral) for a in adapters])]
         verdicts = [
-            weigh(subject.gate, before, after, GatePolicy())
-            for before, after, subject in zip(self.gate, gate, self.subjects, strict=True)
+            settle(weigh(subject.gate, before, after, GatePolicy()), moved, GatePolicy())
+            for before, after, moved, subject in zip(self.gate, gate, drift, self.subjects, strict=True)
         ]
         passed = [verdict.accepted for verdict in verdicts]
         people = [
@@ -454,16 +462,18 @@ def main() -> None:
                 strangers = [each.weights for each in own]
                 note(f"{entry.name}, a stranger's", strangers[1:] + strangers[:1], recipe=described)
 
-    steady = dataclasses.replace(BASE, learning_rate=2e-3)
+    steady = RefreshPolicy().recipe
     if time.perf_counter() - started <= options.seconds:
-        common = populations(board, dataclasses.replace(steady, epochs=2), options.people_at_once)
+        common = populations(
+            board, dataclasses.replace(steady, epochs=2, most_steps=None), options.people_at_once
+        )
         note("an adapter of others alone", common)
         begun_there = [
             Person(subject.train[512], seed, start=start)
             for seed, (subject, start) in enumerate(zip(subjects, common, strict=True))
         ]
         trained = train(model, begun_there, steady, people_at_once=options.people_at_once)
-        note("rate 0.002, from an adapter of others", [each.weights for each in trained])
+        note("the service's, from an adapter of others", [each.weights for each in trained])
     ways = ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (2.0, 0.0, 0.0), (1.0, 0.3, 0.0), (1.0, 0.0, 5.0))
     for replay, keep, pull in ways if options.recipes is None else ways[:1]:
         if time.perf_counter() - started > options.seconds:
