@@ -120,6 +120,7 @@ async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
 async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
     """Learn from what people wrote. Raises ModelUnusable."""
     from engine.weights import ModelError
+    from personalization.gate import GatePolicy
     from personalization.prompt import TokenizerMissing
     from personalization.refresh import RefreshPolicy
     from personalization.trial import TrialPolicy
@@ -133,7 +134,9 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         model_folder=Path(settings.model),
         model_name=settings.shown_model,
         secret=read_or_create_secret(settings.secret_path),
-        policy=RefreshPolicy(trial_share=settings.trial_share),
+        policy=RefreshPolicy(
+            trial_share=settings.trial_share, gate=GatePolicy(max_drift=settings.max_drift)
+        ),
         trial=TrialPolicy(share=settings.trial_share, replies=settings.trial_replies),
         threads=settings.train_threads,
         device=settings.device,

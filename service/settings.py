@@ -74,6 +74,7 @@ class Settings(BaseModel):
     auto_refresh_after: int = Field(default=50, ge=0)  # new learned turns; 0: never by itself
     nightly_hour: Annotated[int | None, BeforeValidator(_optional)] = Field(default=3, ge=0, le=23)  # local
     trial_share: float = Field(default=0.0, ge=0, lt=1)  # of the replies, for a new version; 0: all at once
+    max_drift: float = Field(default=0.02, gt=0)  # nats a token that a version may lose on neutral text
     trial_replies: int = Field(default=30, ge=1)  # after so many without ratings against it, all
     train_threads: int = Field(default=0, ge=0)  # 0: all cores
 

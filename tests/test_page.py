@@ -52,7 +52,9 @@ Open = Callable[..., Page]
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     folder = tmp_path_factory.mktemp("page") / "data"
-    with running_service(folder, auto_refresh_after="0", nightly_hour="none", demo_users="on") as running:
+    # A model this small is moved by anything it learns.
+    settings = {"auto_refresh_after": "0", "nightly_hour": "none", "demo_users": "on", "max_drift": "100"}
+    with running_service(folder, **settings) as running:
         yield running
 
 

@@ -152,10 +152,14 @@ function told(refresh: Refresh): HTMLElement[] {
   if (refresh.trial) {
     return [h("b", { text: `${versionName(refresh.to)} is on trial` }), gain ?? h("p", { text: "It answers some of your replies; your ratings decide." })];
   }
-  const unchanged = refresh.reason.startsWith("worse") ? "Not better: the version before stays" : "No measurable change yet";
+  const unchanged = refresh.reason.startsWith("worse")
+    ? "Not better: the version before stays"
+    : refresh.reason.startsWith("refused")
+      ? "Refused: the version before stays"
+      : "No measurable change yet";
   return [
     h("b", { text: refresh.published ? `${versionName(refresh.to)} answers from now on` : unchanged }),
-    gain ?? h("p", { text: refresh.reason || plain }),
+    gain && !refresh.reason.startsWith("refused") ? gain : h("p", { text: refresh.reason || plain }),
   ];
 }
 
