@@ -26,7 +26,7 @@ from kernels.fused import Adapters, Product
 from kernels.lora import ItemPlaces
 
 SKINNY_ROWS = 32  # up to so many rows our product beats the library's
-_MOST_RANK = 256
+_MOST_RANK: int = lora.MAX_RANK.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,6 @@ class GpuRunner:
 
     def __init__(
         self, model: LoadedModel, arena: Tensor, block_size: int, *, max_tokens: int, max_rows: int,
-        use_graphs: bool = True,
     ) -> None:  # fmt: skip
         config, device = model.config, arena.device
         if arena.dtype == torch.float16:
@@ -92,7 +91,6 @@ class GpuRunner:
             query_rows=attention.QUERY_ROWS,
         )
         self._is_cuda = device.type == "cuda"
-        self._uses_graphs = use_graphs and self._is_cuda
         self._inputs = StepInputs(limits, device, config.num_layers)
         with torch.inference_mode():
             self._decoder = GpuDecoder(model.decoder, arena, self._slabs, self._inputs)
@@ -203,7 +201,7 @@ class GpuRunner:
             graph.replay()
             return
         self._decoder.step(shape)  # compiles what is new; this step is done with it
-        if self._uses_graphs:
+        if self._is_cuda:
             self._graphs[shape] = self._record(lambda: self._decoder.step(shape))
 
     def _record(self, launches: Callable[[], None]) -> Graph:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.programs import allow_next, can_overlap, num_processors, wait
+from kernels.programs import allow_next, can_overlap, launch_options, num_processors, wait
 
 QUERY_ROWS = 16  # tokens of one tile of prefill
 _MOST_SPLITS = 32
@@ -236,7 +236,7 @@ def decode_attention(
     kv = slabs[:, layer]
     sums, norms = workspace, workspace[parts * num_heads * dim :] if splits > 1 else workspace
     pdl = can_overlap(q.device)
-    launch = {"launch_pdl": True} if pdl else {}
+    launch = launch_options(pdl)
     width, group = triton.next_power_of_2(dim), num_heads // num_kv_heads
     common = {
         "D": dim, "WIDTH": width, "POSITIONS": config.positions, "HAS_WINDOW": window is not None, "PDL": pdl,
@@ -340,7 +340,7 @@ def prefill_attention(
         window or 0, out, out.stride(0),
         GROUP=group, HEADS=heads, QUERIES=query_rows, D=dim, WIDTH=triton.next_power_of_2(dim),
         BLOCK_SIZE=block_size, POSITIONS=config.positions, HAS_WINDOW=window is not None, PDL=pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages, **({"launch_pdl": True} if pdl else {}),
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
     )  # fmt: skip
 
 

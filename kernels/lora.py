@@ -156,10 +156,10 @@ def _shrink_rows_kernel(
 
 
 @triton.jit
-def row_adapter(row, tables, tile_strides, tiles, module):
-    """(table, P, tiles of the module) of the row's adapter; no tiles for a row without one."""
-    table = tl.load(tables + row).to(tl.pointer_type(tl.int64))
-    return table, tl.load(tile_strides + row), tl.load(tiles + row * NUM_MODULES + module)
+def adapter_of(index, tables, tile_strides, tiles, module):
+    """(table, P, tiles of the module) of the adapter of a row or segment; no tiles for a row without one."""
+    table = tl.load(tables + index).to(tl.pointer_type(tl.int64))
+    return table, tl.load(tile_strides + index), tl.load(tiles + index * NUM_MODULES + module)
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def expand_row(
     RANKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """sum_r v[row, slot, r] * B[r, columns] of the row's adapter -> float32; waits for v."""
-    table, stride, count = row_adapter(row, tables, tile_strides, tiles, module)
+    table, stride, count = adapter_of(row, tables, tile_strides, tiles, module)
     entry = layer * NUM_MODULES + module
     place = row.to(tl.int64) * stride_v + slot * MAX_RANK
     j = tl.arange(0, RANKS)
@@ -215,8 +215,8 @@ def expand_row_pair(
     RANKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`expand_row` for two sets of columns at once, of one module or of two."""
-    table, stride, count_0 = row_adapter(row, tables, tile_strides, tiles, module_0)
-    table, stride, count_1 = row_adapter(row, tables, tile_strides, tiles, module_1)
+    table, stride, count_0 = adapter_of(row, tables, tile_strides, tiles, module_0)
+    table, stride, count_1 = adapter_of(row, tables, tile_strides, tiles, module_1)
     entry_0 = layer * NUM_MODULES + module_0
     entry_1 = layer * NUM_MODULES + module_1
     place_0 = row.to(tl.int64) * stride_v + slot_0 * MAX_RANK
@@ -266,10 +266,8 @@ def _shrink_prompts_kernel(
         segment = tl.load(prompt_segments + tile)
         row = tl.load(prompt_rows + tile)
         count = tl.load(prompt_counts + tile)
-        table = tl.load(tables + segment).to(tl.pointer_type(tl.int64))
-        stride = tl.load(tile_strides + segment)
         module = first_module + slot
-        tiles_here = tl.load(tiles + segment * NUM_MODULES + module)
+        table, stride, tiles_here = adapter_of(segment, tables, tile_strides, tiles, module)
         entry = layer * NUM_MODULES + module
         scale = tl.load(table + num_layers * 14 * stride + entry).to(tl.int32).to(tl.float32, bitcast=True)
         rows = (row + i).to(tl.int64)
@@ -331,10 +329,8 @@ def _expand_prompts_kernel(
         segment = tl.load(prompt_segments + tile)
         row = tl.load(prompt_rows + tile)
         count = tl.load(prompt_counts + tile)
-        table = tl.load(tables + segment).to(tl.pointer_type(tl.int64))
-        stride = tl.load(tile_strides + segment)
         module = first_module + slot
-        tiles_here = tl.load(tiles + segment * NUM_MODULES + module)
+        table, stride, tiles_here = adapter_of(segment, tables, tile_strides, tiles, module)
         entry = layer * NUM_MODULES + module
         if tiles_here > 0:
             rows = (row + i).to(tl.int64)
