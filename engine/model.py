@@ -4,6 +4,7 @@ Llama 2/3, Mistral, Qwen2 and Qwen3 differ in a handful of facts, all of them in
 step lie in one flat row [T], whatever sequences they belong to; only `attend` knows about sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -205,6 +206,8 @@ class Decoder(nn.Module):
         self.inverse_frequencies = inv_freq
         self.embed = _frozen(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        # Gets the residual stream before each layer and gives it back: who shares the device waits here.
+        self.before_layer: Callable[[Tensor], Tensor] | None = None
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.head = Projection((config.vocab_size, config.hidden_size))
         if config.tie_word_embeddings:
@@ -218,6 +221,8 @@ class Decoder(nn.Module):
         cos, sin = kernels.rope_angles(positions, self._signed_freq.to(x.device), x.dtype)
         for layer in self.layers:
             assert isinstance(layer, Layer)
+            if self.before_layer is not None:
+                x = self.before_layer(x)
             x = layer(x, cos, sin, attend, lora)
         return self.norm(x)
 

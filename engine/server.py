@@ -56,7 +56,8 @@ class _Connection:
 class EngineServer:
     """Connections, and the loop that steps. `serve` runs it on a socket."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: Engine, model_name: str, on_busy: Callable[[bool], None]) -> None:
+        self._on_busy = on_busy
         config = engine.model.config
         self.info = wire.EngineInfo(
             model_name=model_name,
@@ -91,7 +92,9 @@ class EngineServer:
                     while self._commands:
                         self._commands.popleft()()
                     self._has_room.set()
-                    if self._engine.has_work and not self._engine.is_stalled:
+                    works = self._engine.has_work and not self._engine.is_stalled
+                    self._on_busy(works)
+                    if works:
                         self._dispatch(await loop.run_in_executor(stepper, self._engine.step))
                     else:
                         await self._wake.wait()
@@ -254,9 +257,12 @@ async def serve(
     *,
     model_name: str = "",
     on_ready: Callable[[], None] = lambda: None,
+    on_busy: Callable[[bool], None] = lambda busy: None,
 ) -> None:
-    """Serve until cancelled; an error of the engine's own ends it by raising. Closes the engine."""
-    server = EngineServer(engine, model_name)
+    """Serve until cancelled; an error of the engine's own ends it by raising. Closes the engine.
+
+    `on_busy` is told before each step, and when there is nothing to compute."""
+    server = EngineServer(engine, model_name, on_busy)
     listener = _bind(socket_path)
     try:
         sockets = await asyncio.start_unix_server(server.accept, sock=listener)

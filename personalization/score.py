@@ -128,7 +128,8 @@ def _losses_of_part(model: LoadedModel, asked: _Asked) -> list[list[Tensor]]:
         for number, example in enumerate(examples)
     ]
     todo.sort(key=lambda each: -len(each[2].token_ids))
-    limit = _DEVICE_BATCH_TOKENS if decoder.embed.is_cuda else _BATCH_TOKENS
+    alone = decoder.embed.is_cuda and decoder.before_layer is None  # who shares a device keeps it briefly
+    limit = _DEVICE_BATCH_TOKENS if alone else _BATCH_TOKENS
     while todo:
         length = len(todo[0][2].token_ids)
         count = min(most_rows, max(1, limit // length))

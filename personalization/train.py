@@ -30,9 +30,11 @@ from personalization.score import token_losses
 from personalization.stack import AdapterShape, AdapterStack, RowAttention
 
 # Logits of this many tokens (float32, 8k words: 4 MB) stay in the second-level cache of a processor. A GPU
-# has none that would hold them; there it is the memory that they may take.
+# has none that would hold them; there it is the memory that they may take: this much, or so small a part of
+# what the process is granted.
 _HEAD_ROWS = 128
-_DEVICE_HEAD_BYTES = 512 << 20
+_DEVICE_HEAD_BYTES, _DEVICE_HEAD_PART = 512 << 20, 64
+_HEAD_COPIES = 8  # of these bytes at the worst moment: logits, probabilities, gradients, in both types
 _DEVICE_SHARE = 0.7  # of the memory that is free when training begins
 _OPEN_BINS = 32
 _ALIGNED = 8  # rows are of so many tokens or a multiple: a GPU's attention wants it
@@ -198,7 +200,7 @@ def train_stacks(
 
 
 def _people_that_fit(model: LoadedModel, shape: AdapterShape, recipe: Recipe) -> int:
-    """How many may share a stack on a GPU, by the memory that is free now.
+    """How many may share a stack on a GPU, by the memory that is free now and that the process is granted.
 
     What the backward pass keeps of a token, per layer: the residual stream and what the norms gave of it, q,
     k and v as projected, rotated and attended over, and four times the feed-forward's width. A person has
@@ -209,9 +211,18 @@ def _people_that_fit(model: LoadedModel, shape: AdapterShape, recipe: Recipe) ->
     kept = 8 * config.hidden_size + 6 * heads + 4 * config.intermediate_size
     token_bytes = dtype_bytes * (config.num_layers * kept + 2 * recipe.tokens_per_step)
     person_bytes = shape.size * (5 * 4 + 4 * dtype_bytes)
-    free, _ = torch.cuda.mem_get_info(model.decoder.embed.device)
-    room = free * _DEVICE_SHARE - 8 * _DEVICE_HEAD_BYTES
+    device = model.decoder.embed.device
+    free, total = torch.cuda.mem_get_info(device)
+    granted = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_allocated(device)
+    room = min(free, granted) * _DEVICE_SHARE - _HEAD_COPIES * _head_bytes(device)
     return max(1, int(room / (token_bytes * recipe.tokens_per_step + person_bytes)))
+
+
+def _head_bytes(device: torch.device) -> int:
+    """Of one block of logits on a GPU."""
+    granted = torch.cuda.get_device_properties(device).total_memory
+    granted = int(granted * torch.cuda.get_per_process_memory_fraction(device))
+    return min(_DEVICE_HEAD_BYTES, granted // _DEVICE_HEAD_PART)
 
 
 def _stacks(steps: Sequence[int], people_at_once: int, lanes: int) -> tuple[list[list[int]], int]:
@@ -495,7 +506,7 @@ def _head(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor) ->
     """
     size = _HEAD_ROWS
     if hidden.is_cuda:
-        size = max(size, _DEVICE_HEAD_BYTES // (4 * decoder.config.vocab_size))
+        size = max(size, _head_bytes(hidden.device) // (4 * decoder.config.vocab_size))
     losses, gradients = [], []
     for begin in range(0, len(hidden), size):
         rows = slice(begin, begin + size)

@@ -24,9 +24,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from engine.adapter_files import AdapterError, LoraModule, LoraWeights, read_adapter
+from engine.lending import Borrowed, NothingLent, trainer_bytes
 from engine.weights import LoadedModel, load_model
 from personalization.gate import Case, Gate, GatePolicy, Verdict, scaled
 from personalization.neutral import neutral_rows
+from personalization.pacing import Pacer, people_at_once
 from personalization.prompt import Example, Renderer
 from personalization.publish import META_FILE
 from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, best_dtype, train_stacks
@@ -34,6 +36,7 @@ from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, best_dtype, tr
 _PR_SET_PDEATHSIG = 1
 _MAX_FRAME = 1 << 31
 _PROGRESS_EVERY_S = 0.25
+_LOOK_EVERY_S = 0.5
 # glibc's malloc parameters. By default each large tensor is mapped and unmapped anew, and the kernel clears
 # its pages each time.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -50,13 +53,20 @@ class TrainerDied(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class TrainerSettings:
     """`threads` 0: what torch chooses. `device` "auto": CUDA where there is one. `silence_s`: how long the
-    process may say nothing before it counts as hung."""
+    process may say nothing before it counts as hung.
+
+    `lent`: by this file an engine on the same GPU lends its weights; where none does, the process loads its
+    own. While that engine is busy, learning takes `share` of the time; activations, optimizer and the rest
+    take at most `device_bytes` (None: a tenth of the device)."""
 
     model_folder: Path
     threads: int = 0
     device: str = "auto"
     people_at_once: int = PEOPLE_AT_ONCE
     silence_s: float = 300.0
+    lent: Path | None = None
+    share: float = 0.13
+    device_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +173,7 @@ class Trainer:
     async def _new_process(self) -> asyncio.subprocess.Process:
         settings = asdict(self._settings) | {
             "model_folder": str(self._settings.model_folder.absolute()),
+            "lent": None if self._settings.lent is None else str(self._settings.lent.absolute()),
             "parent": os.getpid(),
         }
         process = await asyncio.create_subprocess_exec(
@@ -216,20 +227,61 @@ def main() -> None:
     dtype = best_dtype(torch.device(device))
     try:
         folder = Path(settings["model_folder"])
-        model = load_model(folder, device=device, dtype=dtype)
-        gate = Gate(model, neutral_rows(Renderer(folder, model.config.max_position_embeddings)))
+        base = _base(settings, folder, device, dtype)
+        gate = Gate(base.model, neutral_rows(Renderer(folder, base.model.config.max_position_embeddings)))
         while (request := receive()) is not None:
-            _run_batch(model, gate, request, send)
+            _run_batch(base, gate, request, send)
             send({"kind": "done"})
     except Exception as error:  # the parent says it to whoever asked; stderr has the traceback
         send({"kind": "error", "message": f"{type(error).__name__}: {error}"})
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The frozen model, and whose it is: an engine's that lives beside us, or (None) our own."""
+
+    model: LoadedModel
+    lender: Borrowed | None = None
+
+
+def _base(settings: dict[str, Any], folder: Path, device: str, dtype: torch.dtype) -> _Base:
+    base = None
+    if device == "cuda" and settings["lent"] is not None:
+        try:
+            lender = Borrowed(Path(settings["lent"]))
+            base = _Base(lender.model(folder), lender)
+        except NothingLent as error:
+            print(f"trainer: loads a base of its own: {error}", file=sys.stderr)
+        else:
+            threading.Thread(target=_end_with, args=(lender,), daemon=True).start()
+            Pacer(lambda: lender.is_busy, settings["share"]).pace(base.model.decoder)
+    if base is None:
+        base = _Base(load_model(folder, device=device, dtype=dtype))
+    if device == "cuda" and settings["lent"] is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        weights = torch.cuda.memory_allocated()  # none, if they are borrowed
+        granted = trainer_bytes(settings["device_bytes"], total) + weights
+        torch.cuda.set_per_process_memory_fraction(min(1.0, granted / total))
+    return base
+
+
+def _end_with(lender: Borrowed) -> None:
+    """The next engine has weights of its own, and these must not be used any more."""
+    while lender.is_there:
+        time.sleep(_LOOK_EVERY_S)
+    print("trainer: ends, as the engine did", file=sys.stderr)
+    os._exit(1)
+
+
 def _run_batch(
-    model: LoadedModel, gate: Gate, request: dict[str, Any], send: Callable[[dict[str, Any]], None]
+    base: _Base, gate: Gate, request: dict[str, Any], send: Callable[[dict[str, Any]], None]
 ) -> None:
+    model = base.model
     recipe, policy = Recipe(**_tuples(request["recipe"])), GatePolicy(**_tuples(request["policy"]))
+    at_once = request["people_at_once"]
+    if base.lender is not None and base.lender.is_busy:
+        at_once = people_at_once(model.config, recipe, at_once)
     tasks = [_unpack_task(task) for task in request["tasks"]]
     serving = [_read_serving(task.serving, model) for task in tasks]
     starts = [
@@ -248,9 +300,7 @@ def _run_batch(
             next_report = now + _PROGRESS_EVERY_S
             send({"kind": "progress", "share": share})
 
-    for stack in train_stacks(
-        model, people, recipe, people_at_once=request["people_at_once"], on_progress=report
-    ):
+    for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=report):
         send({"kind": "judging", "ids": [tasks[index].id for index in stack]})
         learned = {index: each for index, each in stack.items() if each.error is None and each.steps}
         cases = [Case(each.weights, serving[index], tasks[index].gate) for index, each in learned.items()]

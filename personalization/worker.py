@@ -52,6 +52,9 @@ class WorkerSettings:
     jobs: JobPolicy = field(default_factory=JobPolicy)
     threads: int = 0
     device: str = "auto"
+    lent: Path | None = None  # with the share and the bytes: see TrainerSettings
+    training_share: float = 0.13
+    training_bytes: int | None = None
     gather_s: float = 0.5  # at most, while it is not known how long a batch takes
     gather_people: int = 64
     background_people: int = 8
@@ -279,7 +282,16 @@ async def run_worker(settings: WorkerSettings) -> None:
     config = await asyncio.to_thread(read_config, settings.model_folder)
     renderer = await asyncio.to_thread(Renderer, settings.model_folder, config.max_position_embeddings)
     shelf = Shelf(settings.data / "adapters", config, settings.free_bytes_floor)
-    trainer = Trainer(TrainerSettings(settings.model_folder, settings.threads, settings.device))
+    trainer = Trainer(
+        TrainerSettings(
+            settings.model_folder,
+            settings.threads,
+            settings.device,
+            lent=settings.lent,
+            share=settings.training_share,
+            device_bytes=settings.training_bytes,
+        )
+    )
     kit = Kit(
         store,
         shelf,

@@ -48,18 +48,22 @@ def about_the_model(*errors: type[Exception]) -> Iterator[None]:
 
 
 def engine_config(
-    settings: Settings, device: str, dtype: str, free_device_bytes: int | None
+    settings: Settings, device: str, dtype: str, memory: tuple[int, int] | None
 ) -> "EngineConfig":
     """The engine's configuration; what the settings leave open follows the device.
 
-    On a GPU, of which so much memory is free behind the model, the arena takes it all but a tenth and 2 GiB,
-    which the step's buffers need; a step is long enough to multiply at full speed. None: a CPU.
+    `memory`: of a GPU, the bytes that are free behind the model, and all. The arena takes what is free but
+    for learning's part, a tenth, and 2 GiB that the step's buffers need; a step is long enough to multiply at
+    full speed. None: a CPU.
     """
     from engine.config import EngineConfig
+    from engine.lending import trainer_bytes
 
     arena, host, tokens = 1024 * MIB, 512 * MIB, 512
-    if free_device_bytes is not None:
-        arena = max(64 * MIB, free_device_bytes * 9 // 10 - 2048 * MIB)
+    if memory is not None:
+        free, total = memory
+        for_learning = trainer_bytes(settings.training_bytes, total)
+        arena = max(64 * MIB, (free - for_learning) * 9 // 10 - 2048 * MIB)
         host, tokens = 8192 * MIB, 2048
     return EngineConfig(
         arena_bytes=arena if settings.arena_mb is None else settings.arena_mb * MIB,
@@ -77,6 +81,7 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     import torch
 
     from engine.engine import Engine
+    from engine.lending import Lender
     from engine.server import serve
     from engine.weights import ModelError, load_model
 
@@ -86,25 +91,32 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    with about_the_model(ModelError):
-        model = await asyncio.to_thread(
-            load_model, Path(settings.model), device=device, dtype=getattr(torch, dtype)
-        )
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else None
-    config = engine_config(settings, device, dtype, free)
     private_folder(settings.run_folder)
     private_folder(settings.adapter_root)
-    engine = Engine(config, model, settings.adapter_root)
-    log.info("engine.loaded", model=settings.shown_model, device=device, dtype=dtype)
-    await until_stopped(
-        serve(
-            engine,
-            settings.engine_socket,
-            model_name=settings.shown_model,
-            on_ready=lambda: log.info("engine.ready"),
-        ),
-        stop,
-    )
+    with contextlib.ExitStack() as stack:
+        lender = None
+        if device == "cuda":  # from the start: who wants to borrow waits for what is being loaded
+            lender = stack.enter_context(contextlib.closing(Lender(settings.lent_path)))
+        with about_the_model(ModelError):
+            model = await asyncio.to_thread(
+                load_model, Path(settings.model), device=device, dtype=getattr(torch, dtype)
+            )
+        memory = torch.cuda.mem_get_info() if device == "cuda" else None
+        config = engine_config(settings, device, dtype, memory)
+        engine = Engine(config, model, settings.adapter_root)
+        log.info("engine.loaded", model=settings.shown_model, device=device, dtype=dtype)
+        if lender is not None:
+            lender.lend(model)
+        await until_stopped(
+            serve(
+                engine,
+                settings.engine_socket,
+                model_name=settings.shown_model,
+                on_ready=lambda: log.info("engine.ready"),
+                on_busy=(lambda busy: None) if lender is None else lender.tell,
+            ),
+            stop,
+        )
 
 
 async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
@@ -134,12 +146,13 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         model_folder=Path(settings.model),
         model_name=settings.shown_model,
         secret=read_or_create_secret(settings.secret_path),
-        policy=RefreshPolicy(
-            trial_share=settings.trial_share, gate=GatePolicy(max_drift=settings.max_drift)
-        ),
+        policy=RefreshPolicy(trial_share=settings.trial_share, gate=GatePolicy(max_drift=settings.max_drift)),
         trial=TrialPolicy(share=settings.trial_share, replies=settings.trial_replies),
         threads=settings.train_threads,
         device=settings.device,
+        lent=settings.lent_path,
+        training_share=settings.training_share,
+        training_bytes=settings.training_bytes,
         nightly_hour=settings.nightly_hour,
     )
     with about_the_model(ModelError, TokenizerMissing):

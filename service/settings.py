@@ -77,6 +77,10 @@ class Settings(BaseModel):
     max_drift: float = Field(default=0.02, gt=0)  # nats a token that a version may lose on neutral text
     trial_replies: int = Field(default=30, ge=1)  # after so many without ratings against it, all
     train_threads: int = Field(default=0, ge=0)  # 0: all cores
+    # on a GPU: what learning may take beside the weights (None: a tenth of the memory), and of the time while
+    # replies are computed
+    training_mb: Annotated[int | None, BeforeValidator(_optional)] = Field(default=None, ge=256)
+    training_share: float = Field(default=0.13, gt=0, le=1)
 
     # people
     token_hours: float = Field(default=24.0, gt=0)
@@ -158,6 +162,15 @@ class Settings(BaseModel):
     @property
     def engine_socket(self) -> Path:
         return self.run_folder / "engine.sock"
+
+    @property
+    def training_bytes(self) -> int | None:
+        return None if self.training_mb is None else self.training_mb << 20
+
+    @property
+    def lent_path(self) -> Path:
+        """By which the engine lends its weights to the trainer on the same GPU."""
+        return self.run_folder / "lent"
 
     @property
     def redis_socket(self) -> Path:

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "engine", "personalization", "service")
 FILES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-MODEL_SIDE = {"engine.model", "engine.weights", "engine.adapter_files"}  # what learning shares with serving
+# What learning shares with serving.
+MODEL_SIDE = {f"engine.{name}" for name in ("model", "weights", "adapter_files", "lending")}
 # A library or module and the only files that may touch it.
 ONLY_IN = {
     "redis": {f"personalization/{name}.py" for name in ("store", "store_lua", "jobs", "worker")},

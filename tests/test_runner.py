@@ -19,6 +19,7 @@ from tests.tiny_models import FAMILIES, save_random
 # PEFT asks transformers for a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"), FAMILIES["llama3"]())

@@ -113,10 +113,13 @@ def test_sizes_follow_the_device_unless_they_are_set() -> None:
     on_cpu = engine_config(Settings(), "cpu", "float32", None)
     sizes = (on_cpu.arena_bytes, on_cpu.host_cache_bytes, on_cpu.max_tokens_per_step)
     assert sizes == (1 << 30, 1 << 29, 512)
-    on_gpu = engine_config(Settings(), "cuda", "bfloat16", 100 << 30)
-    assert 80 << 30 < on_gpu.arena_bytes < 100 << 30
+    memory = 100 << 30, 120 << 30  # free and all
+    on_gpu = engine_config(Settings(), "cuda", "bfloat16", memory)
+    assert 75 << 30 < on_gpu.arena_bytes < 88 << 30  # learning has a tenth of it all
     assert on_gpu.max_tokens_per_step == 2048
+    less = engine_config(Settings(training_mb=40 << 10), "cuda", "bfloat16", memory)
+    assert 50 << 30 < less.arena_bytes < 60 << 30
     chosen = Settings(arena_mb=64, host_cache_mb=0, max_step_tokens=16)
-    for free in (None, 100 << 30):
-        config = engine_config(chosen, "cpu", "float32", free)
+    for given in (None, memory):
+        config = engine_config(chosen, "cpu", "float32", given)
         assert (config.arena_bytes, config.host_cache_bytes, config.max_tokens_per_step) == (64 << 20, 0, 16)
