@@ -28,7 +28,7 @@ from engine.lending import Borrowed, NothingLent, trainer_bytes
 from engine.weights import LoadedModel, load_model
 from personalization.gate import Case, Gate, GatePolicy, Verdict, scaled
 from personalization.neutral import neutral_rows
-from personalization.pacing import Pacer, people_at_once
+from personalization.pacing import SHARE, Pacer, people_at_once
 from personalization.prompt import Example, Renderer
 from personalization.publish import META_FILE
 from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, best_dtype, train_stacks
@@ -65,7 +65,7 @@ class TrainerSettings:
     people_at_once: int = PEOPLE_AT_ONCE
     silence_s: float = 300.0
     lent: Path | None = None
-    share: float = 0.13
+    share: float = SHARE
     device_bytes: int | None = None
 
 

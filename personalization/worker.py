@@ -26,6 +26,7 @@ from saq.types import PartialTimersDict
 
 from engine.weights import read_config
 from personalization.jobs import COUNTS, FUNCTION, WEEK_S, JobPolicy, RefreshQueue, request_refresh, tell
+from personalization.pacing import SHARE
 from personalization.prompt import Renderer
 from personalization.publish import FREE_BYTES_FLOOR, Shelf, tidy
 from personalization.refresh import Kit, Outcome, RefreshPolicy, refresh
@@ -53,7 +54,7 @@ class WorkerSettings:
     threads: int = 0
     device: str = "auto"
     lent: Path | None = None  # with the share and the bytes: see TrainerSettings
-    training_share: float = 0.13
+    training_share: float = SHARE
     training_bytes: int | None = None
     gather_s: float = 0.5  # at most, while it is not known how long a batch takes
     gather_people: int = 64
