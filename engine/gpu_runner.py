@@ -9,6 +9,7 @@ the device.
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,11 +19,14 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import ConfigError
 from engine.gpu_decoder import GpuDecoder, StepShape, row_buckets, token_buckets
+from engine.model import GROUPS
 from engine.step_inputs import Limits, StepInputs
 from engine.weights import LoadedModel
 from kernels import attention
 
 Graph = torch.cuda.CUDAGraph
+_LIKELY_CONTEXT = 4096
+_MOST_GROUPS = 4  # sets of module groups for which steps are recorded ahead
 
 
 class Copy:
@@ -94,7 +98,8 @@ class GpuRunner:
         self._inputs = StepInputs(limits, device, config.num_layers)
         with torch.inference_mode():
             self._decoder = GpuDecoder(model.decoder, arena, self._slabs, self._inputs)
-        self._graphs: dict[StepShape, Graph] = {}
+        self._graphs: dict[StepShape, Graph | None] = {}  # None on a CPU, which records nothing
+        self._groups: dict[tuple[str, ...], None] = dict.fromkeys([(), GROUPS])  # of all adapters seen
         self._results = [torch.zeros(rows, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(2)]
         self._side = 0
         self._no_logits = torch.zeros(0, config.vocab_size, device=device)
@@ -132,6 +137,41 @@ class GpuRunner:
             if self._is_cuda:
                 torch.cuda.synchronize()
             return logits.clone()
+
+    def prepare(self) -> bool:
+        """Compile and record one of the shapes that steps are likely to come in; False if none is left.
+
+        For when nothing is in flight: what the last step drew is gone afterwards.
+        """
+        shape = next((shape for shape in self._likely_shapes() if shape not in self._graphs), None)
+        if shape is None:
+            return False
+        with torch.inference_mode(), torch.cuda.stream(self._stream) if self._is_cuda else nullcontext():
+            self._inputs.fill_nothing()
+            self._run(shape)
+        return True
+
+    def _likely_shapes(self) -> Iterator[StepShape]:
+        """Steps without adapters, and with those of any kind that was seen or that learning makes: first the
+        decode steps, then those with prompts. Longer contexts come in more splits."""
+        most = self._row_buckets[-1]
+        heads, device = self._decoder.config.num_kv_heads, self._arena.device
+        longest = min(_LIKELY_CONTEXT, self._decoder.config.max_position_embeddings)
+        lengths = [1 << power for power in range(longest.bit_length())]
+
+        def splits(rows: int) -> list[int]:
+            return sorted({attention.num_splits(rows, heads, length, device) for length in lengths})
+
+        for rows in self._row_buckets:
+            for parts in splits(rows):
+                for groups in self._groups:
+                    yield StepShape(rows, rows, False, groups, parts, rows)
+        for tokens in self._token_buckets:
+            for singles in (0, most):
+                for parts in splits(singles) if singles else (1,):
+                    for groups in self._groups:
+                        if tokens >= singles:
+                            yield StepShape(tokens, singles, True, groups, parts, most)
 
     def copy_in(self, image: Tensor, slabs: Many[int]) -> Copy:
         """Start to copy the image [n, slab_elems] of a packed adapter into these n slabs.
@@ -173,8 +213,8 @@ class GpuRunner:
     def _shape(self, batch: Batch) -> StepShape:
         """The shape that this batch is padded to.
 
-        Each new one is recorded when it first comes, which takes as long as a dozen steps, so steps with
-        prompts differ in few ways.
+        Each new one is recorded when it first comes, if `prepare` has not been there before, which takes as
+        long as a dozen steps, so steps with prompts differ in few ways.
         """
         tokens, single, sampled = batch.num_tokens, batch.num_single, len(batch.logits_rows)
         most = self._row_buckets[-1]
@@ -186,11 +226,14 @@ class GpuRunner:
             singles = padded = self._bucket(self._row_buckets, tokens)
             drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
         heads, longest = self._decoder.config.num_kv_heads, max(batch.context_lens[:single], default=0)
+        groups = self._inputs.lora_groups(batch)
+        if len(self._groups) < _MOST_GROUPS:
+            self._groups.setdefault(groups)
         return StepShape(
             padded,
             singles,
             has_prompts,
-            self._inputs.lora_groups(batch),
+            groups,
             attention.num_splits(singles, heads, longest, self._arena.device),
             drawn if sampled else 0,
         )
@@ -201,8 +244,7 @@ class GpuRunner:
             graph.replay()
             return
         self._decoder.step(shape)  # compiles what is new; this step is done with it
-        if self._is_cuda:
-            self._graphs[shape] = self._record(lambda: self._decoder.step(shape))
+        self._graphs[shape] = self._record(lambda: self._decoder.step(shape)) if self._is_cuda else None
 
     def _record(self, launches: Callable[[], None]) -> Graph:
         graph = Graph()

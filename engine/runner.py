@@ -93,6 +93,10 @@ class Runner:
         self._written(slabs)
         return Copied()
 
+    def prepare(self) -> bool:
+        """A first step costs nothing that others do not."""
+        return False
+
     def drop_copies(self) -> None:
         """Let go of everything copied from pages; the next step copies what it needs."""
         self._kv.clear()

@@ -96,7 +96,7 @@ class EngineServer:
                     self._on_busy(works)
                     if works:
                         self._dispatch(await loop.run_in_executor(stepper, self._engine.step))
-                    else:
+                    elif not await loop.run_in_executor(stepper, self._engine.prepare):
                         await self._wake.wait()
             finally:
                 self._engine.on_load = lambda: None

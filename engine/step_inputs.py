@@ -25,6 +25,7 @@ Ints = npt.NDArray[np.int32]
 _ALIGN = 64  # bytes; kernels are compiled for aligned columns
 _DTYPES = {"i4": torch.int32, "i8": torch.int64, "f4": torch.float32}
 _MOST_TILES = 32  # of one module: rank 256
+_NOTHING = ("token_source", "slots", "tile_sequence", "tile_first")  # where -1 says so, elsewhere 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,15 @@ class StepInputs:
             self._copy(side, at, at + 4 * length)
         if self._events:
             self._events[side].record()
+
+    def fill_nothing(self) -> None:
+        """A step without a row that does anything, of whatever shape; waits for those before it."""
+        for event in self._events:
+            event.synchronize()
+        host = self._host_columns[0]
+        for name, column in host.items():
+            column[:] = -1 if name in _NOTHING else 0
+        self._copy(0, 0, self._memory.shape[0])
 
     def _copy(self, side: int, begin: int, end: int) -> None:
         self._memory[begin:end].copy_(self._hosts[side][begin:end], non_blocking=True)

@@ -86,5 +86,8 @@ class BesideHost:
         self._copies.update(dict.fromkeys(slabs, copy))
         return copy
 
+    def prepare(self) -> bool:
+        return False
+
     def drop_copies(self) -> None:
         self._runner.drop_copies()

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.batch import build_batch
+from engine.gpu_runner import GpuRunner
 from engine.weights import load_model
-from tests.engine_driver import Driver
+from tests.engine_driver import BLOCK, Driver
 from tests.peft_world import ADAPTERS, World, make_world, tokens_of, worst
 from tests.tiny_models import FAMILIES, save_random
 
@@ -67,3 +69,36 @@ def test_a_mixed_batch_of_all_adapters_and_base_rows_equals_peft(world: World) -
     got = driver.logits(*[(sequences[i], 1) for i in odd])
     for place, i in enumerate(odd):
         assert worst(got[place], expected[i][5]) < 1e-4, names[i]
+
+
+def test_preparing_steps_touches_no_page_and_changes_no_reply(world: World) -> None:
+    driver = Driver(world.loaded, on_gpu=True, num_slabs=900)
+    assert isinstance(driver.runner, GpuRunner)
+    name = "r16-q-v"
+    resident = world.place(driver)[name]
+    tokens = tokens_of(50, 6)
+    sequence = driver.sequence(tokens, resident)
+    driver.logits((sequence, 4))
+    before = driver.arena.clone()
+    shapes = 0
+    while driver.runner.prepare():
+        shapes += 1
+        if not HAS_GPU and shapes == 2:
+            break
+    assert shapes > 1
+    assert torch.equal(before.nan_to_num(7.0), driver.arena.nan_to_num(7.0))
+    got = driver.logits((sequence, 1))
+    assert worst(got[0], world.reference(name, tokens)[4]) < 1e-4
+
+
+def test_the_likely_shapes_are_those_that_batches_come_in(world: World) -> None:
+    driver = Driver(world.loaded, on_gpu=True, num_slabs=900)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    likely = set(runner._likely_shapes())
+    base, prompt = driver.sequence(tokens_of(51, 12)), driver.sequence(tokens_of(52, 12))
+    for parts in ([(base, 1)], [(base, 1), (prompt, 4)], [(prompt, 5)], [(base, 1), (prompt, 1)]):
+        batch = build_batch([driver.chunk(sequence, length) for sequence, length in parts], BLOCK)
+        assert runner._shape(batch) in likely
+        for sequence, length in parts:
+            sequence.num_computed += length

@@ -161,6 +161,31 @@ async def test_a_reply_arrives_token_by_token_and_ends(world: World, start: Star
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (20, 12)
 
 
+async def test_while_nobody_asks_steps_are_prepared_and_a_request_gets_in_between(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await start()
+    threads: list[str] = []
+
+    def prepare() -> bool:
+        threads.append(threading.current_thread().name)
+        time.sleep(0.01)
+        return len(threads) < 100
+
+    monkeypatch.setattr(running.engine, "prepare", prepare)
+    client = await running.connect()
+    for number in range(2):
+        async for _ in await client.submit(Request(str(number), (1, 2, 3), GREEDY)):
+            pass
+        assert len(threads) < 100  # both were answered long before all was prepared
+    await until(lambda: len(threads) == 100)
+    await asyncio.sleep(0.05)
+    assert len(threads) == 100  # and then it rests
+    assert all(name.startswith("step") for name in threads)
+    await client.close()
+    await running.end_cleanly()
+
+
 async def test_the_client_knows_what_engine_it_talks_to(world: World, start: Start) -> None:
     async with await (await start()).connect() as client:
         assert client.connected
