@@ -19,7 +19,7 @@ from service.auth import TICKET_SECONDS, checked_user
 from service.errors import BadRequest, Conflict, Forbidden, NotAuthenticated, NotFound
 from service.http import Door, address, json_response, read_json, read_limited
 from service.limits import RateLimits
-from service.protocol import MAX_FRAME_BYTES
+from service.protocol import MAX_FRAME_BYTES, FeedbackCreate
 from service.replies import Replies
 from service.session import Session
 
@@ -74,6 +74,7 @@ class AttuneApi:
             Route("/attune/refresh", self.refresh, methods=["POST"]),
             Route("/attune/import", self.import_history, methods=["POST"]),
             Route("/attune/export", self.export, methods=["GET"]),
+            Route("/attune/feedback", self.feedback, methods=["POST"]),
             Route("/attune/turns/learned", self.learned, methods=["GET"]),
             Route("/attune/turns/{turn}/learning", self.unlearn, methods=["DELETE"]),
         ]
@@ -185,6 +186,13 @@ class AttuneApi:
         return StreamingResponse(lines(), media_type="application/x-ndjson", headers=headers)
 
     # ------------------------------------------------------------ learning
+
+    async def feedback(self, request: Request) -> Response:
+        """What `feedback.create` does on a socket: the body is that event, the answer `feedback.created`."""
+        user = (await self._door.person(request)).user
+        saved = await self._services.session.feedback(user, await read_json(request, FeedbackCreate))
+        await self._services.session.settle_trial(user)
+        return json_response(saved)
 
     async def learned(self, request: Request) -> Response:
         user = (await self._door.person(request)).user

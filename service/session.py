@@ -15,20 +15,22 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import structlog
+from msgspec import UNSET
 
 from engine.client import EngineClient, EngineError, EngineLost
 from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingParams
-from personalization.history import Turn
+from personalization.history import InvalidTurn, Turn
 from personalization.prompt import Prompt, PromptTooLong, Renderer
-from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable
+from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable, UnknownTurn
 from personalization.trial import TrialPolicy, on_trial, settle
 from personalization.when import When, due_now
-from service.errors import BadRequest, Conflict, ContextTooLong, ModelNotFound, Unavailable
+from service.errors import BadRequest, Conflict, ContextTooLong, ModelNotFound, NotFound, Unavailable
+from service.events import FeedbackCreated
 from service.generation import FellBack, Generation
 from service.input import Said, brought_turns, checked_turn
 from service.metrics import Metrics
 from service.pen import Pen
-from service.protocol import CreateChatCompletion, CreateResponse, ModelName, parse_model
+from service.protocol import CreateChatCompletion, CreateResponse, FeedbackCreate, ModelName, parse_model
 from service.replies import Replies
 from service.reply import Plan, Reply, fingerprint
 from service.store_health import StoreHealth
@@ -248,6 +250,24 @@ class Session:
         """Whether the version that wrote a reply is on trial, as far as this process knows."""
         known = self._remembered.get(user)
         return known is None or (known.pointer.trial is not None and known.pointer.trial.version == version)
+
+    async def feedback(self, user: str, given: FeedbackCreate) -> FeedbackCreated:
+        """Save a rating, a correction or both; whoever hands them on settles the trial then. Raises
+        BadRequest, NotFound."""
+        if given.rating is UNSET and given.correction is None:
+            raise BadRequest("rating: expected a rating, a correction or both", param="rating")
+        saved = FeedbackCreated(item_id=given.item_id, event_id=given.event_id)
+        try:
+            if given.rating is not UNSET:
+                await self.store.rate(user, given.item_id, given.rating)
+                saved.rating = given.rating
+            if given.correction is not None:
+                saved.correction_id = (await self.store.correct(user, given.item_id, given.correction)).id
+        except UnknownTurn:
+            raise NotFound(f"no turn {given.item_id!r:.80}", code="turn_not_found", param="item_id") from None
+        except InvalidTurn as error:
+            raise BadRequest(str(error), param=error.field) from None
+        return saved
 
     async def settle_trial(self, user: str) -> None:
         """After a reply or a rating: end the person's trial if enough was said. It never costs either."""

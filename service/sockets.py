@@ -12,18 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
-from msgspec import UNSET
 from msgspec.structs import replace
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from personalization.history import InvalidTurn
-from personalization.store import UnknownTurn
 from service import protocol
 from service.auth import Person
-from service.errors import ApiError, BadRequest, NotFound, RateLimited
+from service.errors import ApiError, BadRequest, RateLimited
 from service.events import (
     AdapterState,
-    FeedbackCreated,
     Pong,
     SessionCreated,
     SessionExpiring,
@@ -306,22 +302,9 @@ class Socket:
         self._listen(reply, event.starting_after, event.stream_id)
 
     async def _feedback(self, event: protocol.FeedbackCreate) -> None:
-        store, user = self.services.session.store, self.person.user
-        if event.rating is UNSET and event.correction is None:
-            raise BadRequest("rating: expected a rating, a correction or both", param="rating")
-        answer = FeedbackCreated(item_id=event.item_id, event_id=event.event_id)
-        try:
-            if event.rating is not UNSET:
-                await store.rate(user, event.item_id, event.rating)
-                answer.rating = event.rating
-            if event.correction is not None:
-                answer.correction_id = (await store.correct(user, event.item_id, event.correction)).id
-        except UnknownTurn:
-            raise NotFound(f"no turn {event.item_id!r:.80}", code="turn_not_found", param="item_id") from None
-        except InvalidTurn as error:
-            raise BadRequest(str(error), param=error.field) from None
-        self._put(answer)
-        await self.services.session.settle_trial(user)
+        session, user = self.services.session, self.person.user
+        self._put(await session.feedback(user, event))
+        await session.settle_trial(user)
 
     async def _prefetch(self) -> None:
         now = asyncio.get_running_loop().time()

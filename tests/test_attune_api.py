@@ -32,7 +32,7 @@ async def test_everything_of_ours_wants_a_credential(service: TinyService) -> No
     versions = ("versions", "versions/1/turns")
     paths = {
         "GET": ("me", "conversations", "conversations/c", "export", "turns/learned", *versions),
-        "POST": ("tickets", "rollback", "refresh", "import"),
+        "POST": ("tickets", "rollback", "refresh", "import", "feedback"),
         "DELETE": ("me", "turns/t/learning"),
     }
     async with service.gateway() as gateway, web(gateway, None) as client:
@@ -261,3 +261,26 @@ async def test_a_page_that_is_not_built_says_how_to_build_it(tmp_path: Path, pat
         answer = await client.get(path)
         assert answer.status_code == status
         assert (answer.text == NOT_BUILT.format(folder=tmp_path)) is (status == 503)
+
+
+async def test_feedback_over_http_is_what_it_is_on_a_socket(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as ann, web(gateway, "ben") as ben:
+        reply = await gateway.client("ann").responses.create(model="me", input="hello")
+        item = reply.output[0].id
+        assert item is not None
+        answer = await ann.post(
+            "/attune/feedback", json={"item_id": item, "rating": "down", "correction": "hi"}
+        )
+        saved = answer.json()
+        assert answer.status_code == 200
+        assert (saved["type"], saved["item_id"], saved["rating"]) == ("feedback.created", item, "down")
+        correction = await service.store.turn("ann", saved["correction_id"])
+        assert (correction.text, correction.author, correction.corrects) == ("hi", "person", item)
+        assert (await service.store.turn("ann", item)).rating == "down"
+        taken_back = await ann.post("/attune/feedback", json={"item_id": item, "rating": None})
+        assert taken_back.json()["rating"] is None
+        assert (await service.store.turn("ann", item)).rating is None
+        for body, code in (({"item_id": item}, 400), ({"item_id": item, "rating": "great"}, 400), ({}, 400)):
+            assert (await ann.post("/attune/feedback", json=body)).status_code == code
+        foreign = await ben.post("/attune/feedback", json={"item_id": item, "rating": "up"})
+        assert (foreign.status_code, foreign.json()["error"]["code"]) == (404, "turn_not_found")
