@@ -28,7 +28,7 @@ from personalization.history import Turn, learned
 from personalization.neutral import neutral_rows
 from personalization.prompt import Example, Renderer
 from personalization.refresh import Lesson, RefreshPolicy, choose
-from personalization.score import losses_of_many
+from personalization.score import losses_of_many, next_token
 from personalization.store_records import VersionRecord
 from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, train
 
@@ -38,6 +38,7 @@ CANDIDATES = 10  # messages to pick the true one from, adapters to find the auth
 SELECTION_TOKENS = 512  # of a row in which a message is picked
 AUTHOR_ROWS = 16  # of a person, whose author is sought
 POPULATION_ROWS = 8  # of each person, for the population adapter
+QUESTIONS = 64  # people for whom an engine is asked
 DRAWS = 2000
 
 Adapters = Sequence[LoraWeights | None]
@@ -103,11 +104,22 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What serving has to answer as it was measured here: the start of a test turn behind its context, what
+    would be published for its person, and the likeliest next token."""
+
+    prompt: tuple[int, ...]
+    adapter: LoraWeights | None
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """`numbers` as they are printed, `people` each one's own, and `curve` points to draw."""
+    """`numbers` as they are printed, `people` each one's own, `questions` to hold an engine against."""
 
     numbers: dict[str, Any]
     people: list[dict[str, Any]] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
 
 
 def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Extent) -> Evaluation:
@@ -195,7 +207,8 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
         }
         for subject, before, after, verdict in zip(subjects, context, together, verdicts, strict=True)
     ]
-    return Evaluation(numbers, people)
+    asked = zip(subjects[:QUESTIONS], published, strict=False)
+    return Evaluation(numbers, people, [_question(bench, *each) for each in asked])
 
 
 def subject_of(user: str, turns: Sequence[Turn], bench: Bench) -> Subject | None:
@@ -230,6 +243,12 @@ def interval(values: Sequence[float], draws: int = DRAWS) -> list[float]:
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _question(bench: Bench, subject: Subject, adapter: LoraWeights | None) -> Question:
+    row = subject.test[0]
+    prompt = row.token_ids[: row.learn_mask.index(True)]
+    return Question(prompt, adapter, next_token(bench.model, prompt, adapter))
 
 
 def _rows(before: Sequence[Turn], turn: Turn, renderer: Renderer, most_tokens: int) -> list[Example]:

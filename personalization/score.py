@@ -77,6 +77,18 @@ def token_losses(
 
 
 @torch.inference_mode()
+def next_token(model: LoadedModel, token_ids: Sequence[int], adapter: LoraWeights | None) -> int:
+    """The likeliest token behind `token_ids`."""
+    decoder = model.decoder
+    device, dtype = decoder.embed.device, decoder.embed.dtype
+    lora = None if adapter is None else FixedAdapter(adapter, model.config, dtype, device)
+    ids = torch.tensor(token_ids, device=device)
+    attend = _CausalRows(model.config, 1, len(ids), device)
+    hidden = decoder(ids, torch.arange(len(ids), device=device), attend, lora)[-1:]
+    return int(decoder.logits(hidden).argmax())
+
+
+@torch.inference_mode()
 def losses_of_many(
     model: LoadedModel,
     asked: Sequence[tuple[LoraWeights | None, Sequence[Example]]],

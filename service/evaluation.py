@@ -5,12 +5,16 @@ The page is one file without scripts or anything from elsewhere, and holds no na
 
 import html
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from personalization.evaluate import Evaluation, Extent
+from personalization.evaluate import Evaluation, Extent, Question
+
+if TYPE_CHECKING:
+    from engine.weights import LoadedModel
 
 HOST_PEOPLE = 12  # measured on a processor, where nobody waits for hundreds
 HOST_STACKS = (1, 8)
@@ -60,7 +64,45 @@ def measure(
         "dtype": str(model.decoder.embed.dtype).removeprefix("torch."),
         "base_hash": model.base_hash,
     }
-    return replace(done, numbers=about | done.numbers)
+    say(f"asking an engine for {len(done.questions)} people")
+    return replace(done, numbers=about | done.numbers | {"engine": served(model, done.questions)})
+
+
+def served(model: "LoadedModel", questions: Sequence[Question]) -> dict[str, Any]:
+    """What a serving engine says to the same questions, all in one batch, each adapter from its file."""
+    from engine.adapter_files import version_folder, write_adapter
+    from engine.config import EngineConfig
+    from engine.engine import Engine
+    from engine.request import AdapterRef, Request, SamplingParams, TokensEvent
+
+    device, dtype = model.decoder.embed.device.type, model.decoder.embed.dtype
+    config = EngineConfig(
+        arena_bytes=(4096 if device == "cuda" else 512) << 20,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    said: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        engine = Engine(config, model, root)
+        try:
+            for number, question in enumerate(questions):
+                ref = None
+                if question.adapter is not None:
+                    ref = AdapterRef(f"{number:064x}", 1)
+                    folder = version_folder(root, ref.id, ref.version)
+                    write_adapter(folder, question.adapter, model.config, base_model="evaluated")
+                sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+                engine.submit(Request(str(number), question.prompt, sampling, ref))
+            for event in engine.drain():
+                if isinstance(event, TokensEvent):
+                    said[event.request_id] = event.token_ids[0]
+            engine.check_integrity()
+        finally:
+            engine.close()
+    same = [said.get(str(number)) == question.token for number, question in enumerate(questions)]
+    with_adapter = sum(question.adapter is not None for question in questions)
+    return {"asked": len(same), "with_adapter": with_adapter, "same_first_token": sum(same) / len(same)}
 
 
 def table(numbers: dict[str, Any]) -> str:
@@ -106,6 +148,12 @@ def table(numbers: dict[str, Any]) -> str:
         lines.append(
             f"author among {found['among']} adapters: {found['hits_at_1']:.1%} "
             f"({_range(found['interval'])}), by chance {found['chance']:.1%}"
+        )
+    if "engine" in numbers:
+        found = numbers["engine"]
+        lines.append(
+            f"an engine says the same first token to {found['same_first_token']:.1%} of {found['asked']} "
+            f"people, {found['with_adapter']} with an adapter, all in one batch"
         )
     lines += [
         f"learned from {row['turns']:4} turns: gain {row['gain']:+.4f} ({_range(row['interval'])}), "

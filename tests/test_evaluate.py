@@ -15,7 +15,7 @@ from personalization.history import Turn, dump
 from personalization.prompt import Renderer
 from personalization.refresh import RefreshPolicy
 from personalization.train import Recipe
-from service.evaluation import page, table
+from service.evaluation import page, served, table
 from tests.small_model import save_small_model, talk
 from tests.test_cli import attune
 
@@ -69,6 +69,13 @@ def test_every_part_is_measured_as_far_as_the_histories_go(done: Evaluation) -> 
     assert [row["people"] for row in numbers["stacked"]["sizes"]] == [1, 4]
     assert numbers["selection"]["asked"] == 8
     json.dumps(numbers)
+
+
+def test_an_engine_serves_what_was_measured(bench: Bench, done: Evaluation) -> None:
+    assert [question.adapter is not None for question in done.questions] == [True] * 4
+    assert served(bench.model, done.questions) == {"asked": 4, "with_adapter": 4, "same_first_token": 1.0}
+    mixed = [*done.questions, dataclasses.replace(done.questions[0], adapter=None, token=-1)]
+    assert served(bench.model, mixed)["same_first_token"] == 0.8
 
 
 def test_people_who_turn_to_something_else_are_made_worse_and_the_gate_keeps_that_away(bench: Bench) -> None:
