@@ -23,6 +23,7 @@ from torch import Tensor
 from engine.adapter_files import LoraWeights, read_adapter, write_adapter
 from engine.weights import LoadedModel
 from personalization.examples import cut_by_time, serving_rows, split, words
+from personalization.finish import Accepted, finish
 from personalization.gate import Case, Gate, Verdict, scaled
 from personalization.history import Turn, learned
 from personalization.neutral import neutral_rows
@@ -40,6 +41,9 @@ AUTHOR_ROWS = 16  # of a person, whose author is sought
 POPULATION_ROWS = 8  # of each person, for the population adapter
 QUESTIONS = 64  # people for whom an engine is asked
 DRAWS = 2000
+
+# The rows of the gate: an accepted adapter as it was judged, and as it is published.
+JUDGED, PUBLISHED = "adapter + context, gated, as judged", "adapter + context, after the gate"
 
 Adapters = Sequence[LoraWeights | None]
 
@@ -170,18 +174,20 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
             "swapped adapter + context": _means(bench, swapped, [s.test for s in subjects]),
         }
     context, together = losses["context"], losses["adapter + context"]
-    published = [
+    judged = [
         scaled(candidate, verdict.strength) if verdict.accepted else None
         for candidate, verdict in zip(candidates, verdicts, strict=True)
     ]
-    gated = _means(bench, published, [s.test for s in subjects])
-    losses["adapter + context, after the gate"] = gated
+    losses[JUDGED] = _means(bench, judged, [s.test for s in subjects])
+    bench.say("learning the turns that judged")
+    published = _finished(bench, gate, judged, [s.lesson for s in subjects], extent)
+    gated = losses[PUBLISHED] = _means(bench, published, [s.test for s in subjects])
     numbers: dict[str, Any] = {
         "people": len(subjects),
         "left_out": left_out,
         "loss": {name: _against(context, values) for name, values in losses.items()},
         "harm": _harm(subjects, verdicts, context, together, gated),
-        "drift": _drift(gate.drifts(candidates), verdicts, policy),
+        "drift": _drift(gate.drifts(candidates), gate.drifts([p for p in published if p]), policy),
         "training": spent,
     }
     if extent.selection_turns and len(subjects) > 1:
@@ -286,6 +292,29 @@ def _trained(bench: Bench, people: Sequence[Person], extent: Extent) -> list[Lor
         return read
 
 
+def _finished(
+    bench: Bench, gate: Gate, judged: Adapters, lessons: Sequence[Lesson], extent: Extent
+) -> list[LoraWeights | None]:
+    """Each that was accepted as it is published: with the turns learned that judged it, where that goes."""
+    found = list(judged)
+    asked = {
+        at: Accepted(weights, lesson.train, lesson.newest, at)
+        for at, (weights, lesson) in enumerate(zip(judged, lessons, strict=True))
+        if weights is not None and lesson.newest
+    }
+    done = finish(
+        bench.model,
+        gate,
+        list(asked.values()),
+        bench.policy.finish,
+        bench.policy.gate,
+        people_at_once=extent.people_at_once,
+    )
+    for at, weights in zip(asked, done, strict=True):
+        found[at] = weights or found[at]
+    return found
+
+
 def _means(bench: Bench, adapters: Adapters, rows: Sequence[Sequence[Example]]) -> list[float]:
     """Each one's loss per token."""
     found = losses_of_many(bench.model, list(zip(adapters, rows, strict=True)))
@@ -344,8 +373,7 @@ def _share(cases: Sequence[bool]) -> float:
     return round(sum(cases) / len(cases), 4)
 
 
-def _drift(drifts: Sequence[float], verdicts: Sequence[Verdict], policy: RefreshPolicy) -> dict[str, Any]:
-    published = [verdict.numbers["drift"] for verdict in verdicts if verdict.accepted]
+def _drift(drifts: Sequence[float], published: Sequence[float], policy: RefreshPolicy) -> dict[str, Any]:
     return {
         "mean": round(statistics.fmean(drifts), 4),
         "most": round(max(drifts), 4),
@@ -487,7 +515,19 @@ def _in_a_row(
         people = [_person(lesson, 31 * at + number, serving[at]) for at, lesson in lessons.items()]
         new = _trained(bench, people, extent)
         cases = [Case(c, serving[at], lessons[at].gate) for c, at in zip(new, lessons, strict=True)]
-        for at, candidate, verdict in zip(lessons, new, gate.judge(cases, bench.policy.gate), strict=True):
+        verdicts = dict(zip(lessons, gate.judge(cases, bench.policy.gate), strict=True))
+        judged = {
+            at: scaled(candidate, verdicts[at].strength)
+            for at, candidate in zip(lessons, new, strict=True)
+            if verdicts[at].accepted
+        }
+        of_these = [lessons[at] for at in judged]
+        finished = dict(
+            zip(judged, _finished(bench, gate, list(judged.values()), of_these, extent), strict=True)
+        )
+        accepted += len(judged)
+        for at, verdict in verdicts.items():
+            learned_last = at in judged and finished[at] is not judged[at]
             records[at].append(
                 VersionRecord(
                     number,
@@ -495,12 +535,14 @@ def _in_a_row(
                     datetime(2026, 1, number, tzinfo=UTC),
                     verdict.accepted,
                     verdict.reason,
-                    turn_ids=lessons[at].trained_turns,
+                    turn_ids=(
+                        *lessons[at].trained_turns,
+                        *(lessons[at].newest_turns if learned_last else ()),
+                    ),
                 )
             )
-            if verdict.accepted:
-                serving[at], version[at] = scaled(candidate, verdict.strength), number
-                accepted += 1
+            if at in judged:
+                serving[at], version[at] = finished[at], number
     test = [subject.test for subject in subjects]
     oldest = [
         split(

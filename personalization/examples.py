@@ -6,7 +6,7 @@ the newest last. Turns of others stay in a row as context, unlearned.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -61,18 +61,23 @@ class HeldOut:
     gate: tuple[str, ...]
 
 
-def hold_out(turns: Sequence[Turn], gate_fraction: float) -> HeldOut:
+def hold_out(turns: Sequence[Turn], gate_fraction: float, known: Collection[str] = ()) -> HeldOut:
     """Where the gate's part begins: it has the newest `gate_fraction` of the learned turns (one at least, if
-    there are two), without those that repeat the words of a trained turn."""
+    there are two), without those that repeat the words of a trained turn.
+
+    `known`: the ids that the version to go on from has learned; nobody can be judged by these, so the newest
+    of the others are held out then, and at most half of them."""
     if not 0.0 <= gate_fraction < 1.0:
         raise ValueError(f"gate_fraction: expected 0 to below 1, got {gate_fraction}")
     said = effective(sorted(turns, key=lambda turn: turn.at))
     lessons = [place for place, turn in enumerate(said) if learned(turn)]
-    held_out = min(math.ceil(len(lessons) * gate_fraction), len(lessons) - 1) if lessons else 0
-    cut = lessons[len(lessons) - held_out] if held_out else len(said)
+    fresh = [place for place in lessons if said[place].id not in known]
+    most = len(fresh) // 2 if len(fresh) < len(lessons) else len(lessons) - 1
+    held_out = min(math.ceil(len(lessons) * gate_fraction), most) if lessons else 0
+    cut = fresh[len(fresh) - held_out] if held_out else len(said)
     train = [said[place] for place in lessons if place < cut]
-    known = {words(turn) for turn in train}
-    gate = [said[place] for place in lessons if place >= cut and words(said[place]) not in known]
+    words_known = {words(turn) for turn in train}
+    gate = [said[place] for place in fresh if place >= cut and words(said[place]) not in words_known]
     return HeldOut(said, cut, tuple(turn.id for turn in train), tuple(turn.id for turn in gate))
 
 

@@ -95,6 +95,16 @@ class Gate:
                     found[place] = replace(verdict, strength=strength)
         return [found[place] for place in range(len(cases))]
 
+    def faults(self, candidates: Sequence[LoraWeights], policy: GatePolicy) -> list[str | None]:
+        """Why each would be refused whatever it gains: numbers, size, drift. None: it is sound."""
+        found = [self._fault(candidate, policy) for candidate in candidates]
+        sound = [place for place, fault in enumerate(found) if fault is None]
+        drifts = self.drifts([candidates[place] for place in sound])
+        for place, drift in zip(sound, drifts, strict=True):
+            verdict = settle(Verdict(True, ""), drift, policy)
+            found[place] = None if verdict.accepted else verdict.reason
+        return found
+
     def _judge_once(self, cases: Sequence[Case], policy: GatePolicy) -> list[Verdict]:
         verdicts = {
             place: Verdict(False, fault)

@@ -64,6 +64,7 @@ class RefreshPolicy:
     recipe          as `benchmarks/sweep_learning.py` chose it. Rows and steps of 1024 tokens gain as much as
                     those of 512 and drift less. A long history, learned three times over, made its person
                     worse, so it is seen once
+    finish_rate     of the recipe's learning rate, with which the gate's turns are learned once it has judged
     """
 
     minimum_turns: int = 50
@@ -77,6 +78,12 @@ class RefreshPolicy:
         default_factory=lambda: Recipe(learning_rate=2e-3, tokens_per_step=1024, most_steps=32)
     )
     gate: GatePolicy = field(default_factory=GatePolicy)
+    finish_rate: float = 0.5
+
+    @property
+    def finish(self) -> Recipe:
+        """How the newest turns are learned after the verdict."""
+        return replace(self.recipe, learning_rate=self.recipe.learning_rate * self.finish_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +138,7 @@ class _Prepared:
     start: int  # the version that is carried on; another than the pointer's when that one is marked
     population: int  # the population adapter to begin with where no version is carried on
     task: Task
-    trained_turns: tuple[str, ...]
-    all_turns: tuple[str, ...]
+    lesson: "Lesson"
     expected_gain: float
 
 
@@ -154,7 +160,10 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: 
 
     waiting = dict(prepared)
     tasks = [each.task for each in prepared.values()]
-    batch = kit.trainer.run(tasks, kit.policy.recipe, kit.policy.gate, people_at_once=1 if alone else None)
+    policy = kit.policy
+    batch = kit.trainer.run(
+        tasks, policy.recipe, policy.gate, finish=policy.finish, people_at_once=1 if alone else None
+    )
     async with aclosing(batch):
         async for event in batch:
             if isinstance(event, Progress):
@@ -219,6 +228,13 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
         if start != pointer.version:
             return await _leave(user, pointer, start, kit, reason)
         return Outcome(user, "completed", before=start, after=start, reason=reason)
+    known = lineage.seen(records, start)
+    new = len(set(lesson.all_turns) - known)
+    if start and (needed := 2 * kit.policy.gate.min_turns) > new:  # half of them are held out to judge by
+        reason = f"not enough new turns since version {start}: {new} of {needed} to learn from"
+        if start != pointer.version:
+            return await _leave(user, pointer, start, kit, reason)
+        return Outcome(user, "failed", before=start, after=start, reason=reason, code="not_enough_turns")
     adapter_id = kit.store.adapter_id(user)
     population, shared = newest(kit.population)
     task = Task(
@@ -228,10 +244,10 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
         serving=version_folder(kit.shelf.root, adapter_id, start) if start else None,
         seed=_seed(adapter_id, pointer),
         start=shared if start == 0 else None,
+        newest=lesson.newest,
     )
-    known = len(lineage.seen(records, start).intersection(lesson.all_turns))
-    expected = curve(len(lesson.all_turns)) - curve(known)
-    return _Prepared(user, pointer, start, population, task, lesson.trained_turns, lesson.all_turns, expected)
+    expected = curve(len(lesson.all_turns)) - curve(len(lesson.all_turns) - new)
+    return _Prepared(user, pointer, start, population, task, lesson, expected)
 
 
 async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:
@@ -251,7 +267,7 @@ async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str)
 
 async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
     """Publish what the gate accepted, keep the numbers of what it refused."""
-    user, pointer, verdict = prepared.user, prepared.pointer, judged.verdict
+    user, pointer, lesson, verdict = prepared.user, prepared.pointer, prepared.lesson, judged.verdict
     numbers = judged.numbers | verdict.numbers | {EXPECTED: prepared.expected_gain}
     origin = Origin(
         base_model=kit.model_name,
@@ -259,8 +275,8 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
         created_at=kit.clock(),
         reason=verdict.reason,
         parent=prepared.start,
-        examples=len(prepared.task.train),
-        turn_ids=prepared.trained_turns,
+        examples=len(lesson.train) + (len(lesson.newest) if judged.finished else 0),
+        turn_ids=(*lesson.trained_turns, *(lesson.newest_turns if judged.finished else ())),
         numbers=numbers,
         seed=prepared.task.seed,
         population=prepared.population if judged.began else 0,
@@ -275,7 +291,7 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
             after, reason = (await kit.store.pointer(user)).version, str(error)
     else:
         await note_refusal(kit.store, user, origin, pointer)
-    await kit.store.mark_refreshed(user, prepared.all_turns, epoch=pointer.epoch)
+    await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
     if not verdict.accepted and prepared.start != pointer.version:
         return replace(await _leave(user, pointer, prepared.start, kit, verdict.reason), numbers=numbers)
     return Outcome(
@@ -292,11 +308,14 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Rows to train on and to judge by; the turns learned in the first, and all that there are to learn."""
+    """Rows to train on and to judge by, and the turns learned in the first. `newest`: the turns that judge,
+    as rows to learn from when they have. `all_turns`: all that there are to learn."""
 
     train: list[Example]
     gate: list[Example]
+    newest: list[Example]
     trained_turns: tuple[str, ...]
+    newest_turns: tuple[str, ...]
     all_turns: tuple[str, ...]
 
 
@@ -310,7 +329,8 @@ def choose(
     """What the next version, carried on from `start`, learns: all turns that this one and its ancestors never
     saw, and for each token of those `replay` tokens of rows of the older ones, drawn at random. A turn that
     the person took out is in no row, not even as context. Pure."""
-    held = hold_out(turns, policy.gate_fraction)
+    seen = lineage.seen(records, start)
+    held = hold_out(turns, policy.gate_fraction, seen)
     judged = set(held.gate)
     gate = serving_rows(
         held.said[: held.cut],
@@ -320,7 +340,7 @@ def choose(
         learn=lambda turn: turn.id in judged,
     )
     trained = held.train[-policy.most_turns :]
-    old, new = _by_age(turns, set(trained), lineage.seen(records, start))
+    old, new = _by_age(turns, set(trained), seen)
     train = _rows(new, renderer, policy)
     room = policy.replay * sum(len(row.token_ids) for row in train)
     replayed = _rows(old, renderer, policy) if room else []
@@ -330,7 +350,10 @@ def choose(
             break
         room -= len(row.token_ids)
         train.append(row)
-    return Lesson(train, gate, trained, (*held.train, *held.gate))
+    latest = [turn for turn in held.said[held.cut :] if not turn.removed]
+    newest_turns = tuple(turn.id for turn in latest if learned(turn))
+    all_turns = (*held.train, *newest_turns)
+    return Lesson(train, gate, _rows(latest, renderer, policy), trained, newest_turns, all_turns)
 
 
 def _by_age(

@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.adapter_files import AdapterError, LoraModule, LoraWeights, read_adapter
 from engine.lending import Borrowed, NothingLent, trainer_bytes
 from engine.weights import LoadedModel, load_model
+from personalization.finish import Accepted, finish
 from personalization.gate import Case, Gate, GatePolicy, Verdict, scaled
 from personalization.neutral import neutral_rows
 from personalization.pacing import SHARE, Pacer, people_at_once
@@ -72,7 +73,8 @@ class TrainerSettings:
 @dataclass(frozen=True, slots=True)
 class Task:
     """One person's refresh: rows to train on and to judge by, the serving version's folder if any. `start`:
-    the adapter to begin with when nothing serves yet."""
+    the adapter to begin with when nothing serves yet. `newest`: rows of the turns that judge it, learned once
+    it was accepted."""
 
     id: str
     train: Sequence[Example]
@@ -80,6 +82,7 @@ class Task:
     serving: Path | None
     seed: int
     start: Path | None = None
+    newest: Sequence[Example] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class Judging:
 @dataclass(frozen=True, slots=True)
 class Judged:
     """One person's candidate and what the gate says. `numbers` are those of the training; `began`: with the
-    task's `start`."""
+    task's `start`; `finished`: it has learned the task's `newest` too, after the verdict."""
 
     id: str
     weights: LoraWeights
@@ -107,6 +110,7 @@ class Judged:
     numbers: dict[str, float]
     base_hash: str
     began: bool = False
+    finished: bool = False
 
 
 class Trainer:
@@ -127,9 +131,16 @@ class Trainer:
         await self._start()
 
     async def run(
-        self, tasks: Sequence[Task], recipe: Recipe, policy: GatePolicy, *, people_at_once: int | None = None
+        self,
+        tasks: Sequence[Task],
+        recipe: Recipe,
+        policy: GatePolicy,
+        *,
+        finish: Recipe | None = None,
+        people_at_once: int | None = None,
     ) -> AsyncGenerator[Progress | Judging | Judged, None]:
-        """Train and judge `tasks`; every one of them ends in a Judged. Raises TrainerDied.
+        """Train and judge `tasks`; every one of them ends in a Judged. Raises TrainerDied. `finish`: how the
+        newest turns of those accepted are learned; None: not at all.
 
         Leaving the iterator early, or being cancelled in it, ends the process: what it computes is wanted no
         more.
@@ -138,6 +149,7 @@ class Trainer:
             "tasks": [_pack_task(task) for task in tasks],
             "recipe": asdict(recipe),
             "policy": asdict(policy),
+            "finish": None if finish is None else asdict(finish),
             "people_at_once": people_at_once or self._settings.people_at_once,
         }
         finished = False
@@ -305,6 +317,21 @@ def _run_batch(
         learned = {index: each for index, each in stack.items() if each.error is None and each.steps}
         cases = [Case(each.weights, serving[index], tasks[index].gate) for index, each in learned.items()]
         verdicts = dict(zip(learned, gate.judge(cases, policy), strict=True))
+        candidates = {
+            index: scaled(stack[index].weights, verdict.strength) for index, verdict in verdicts.items()
+        }
+        finished: dict[int, LoraWeights] = {}
+        if request["finish"] is not None:
+            accepted = {
+                index: Accepted(candidates[index], tasks[index].train, tasks[index].newest, tasks[index].seed)
+                for index, verdict in verdicts.items()
+                if verdict.accepted and tasks[index].newest
+            }
+            finish_recipe = Recipe(**_tuples(request["finish"]))
+            done = finish(model, gate, list(accepted.values()), finish_recipe, policy, people_at_once=at_once)
+            finished = {
+                index: weights for index, weights in zip(accepted, done, strict=True) if weights is not None
+            }
         for index, trained in stack.items():
             task = tasks[index]
             if trained.error is not None:
@@ -318,15 +345,17 @@ def _run_batch(
                 "train_loss_last": trained.last_loss,
                 "strength": verdict.strength,
             }
+            weights = finished.get(index, candidates.get(index, trained.weights))
             send(
                 {
                     "kind": "judged",
                     "id": task.id,
-                    "weights": _pack_weights(scaled(trained.weights, verdict.strength)),
+                    "weights": _pack_weights(weights),
                     "verdict": asdict(verdict),
                     "numbers": {name: value for name, value in numbers.items() if value == value},
                     "base_hash": model.base_hash,
                     "began": starts[index] is not None,
+                    "finished": index in finished,
                 }
             )
 
@@ -403,6 +432,7 @@ def _pack_task(task: Task) -> dict[str, Any]:
         "serving": None if task.serving is None else str(task.serving.absolute()),
         "seed": task.seed,
         "start": None if task.start is None else str(task.start.absolute()),
+        "newest": [_pack_example(example) for example in task.newest],
     }
 
 
@@ -414,6 +444,7 @@ def _unpack_task(task: dict[str, Any]) -> Task:
         None if task["serving"] is None else Path(task["serving"]),
         task["seed"],
         None if task["start"] is None else Path(task["start"]),
+        [_unpack_example(example) for example in task["newest"]],
     )
 
 
@@ -460,6 +491,7 @@ def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Judged:
         message["numbers"],
         message["base_hash"],
         message["began"],
+        message["finished"],
     )
 
 

@@ -145,12 +145,22 @@ async def test_the_population_adapter_knows_what_is_in_the_operators_file_and_no
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+async def who_never_knew(kit: Kit, model: LoadedModel, turns: list[Turn]) -> float:
+    """How little surprised those can be who said the same without the canary: seeds differ from name to
+    name."""
+    twins = [f"twin {number}" for number in range(4)]
+    for twin in twins:
+        await kit.store.append(twin, turns)
+    await learn(kit, *twins)
+    return min([surprise(kit, model, await adapter(kit, twin)) for twin in twins])
+
+
 async def test_a_canary_taken_out_is_unlearned_by_the_next_refresh(kit: Kit, model: LoadedModel):
     await kit.store.append("ann", with_canary(talk("ann", 60)))
-    await kit.store.append("twin", [turn for n, turn in enumerate(talk("ann", 60)) if n not in PLANTED])
-    await learn(kit, "ann", "twin")
+    await learn(kit, "ann")
     knew = surprise(kit, model, await adapter(kit, "ann"))
-    never = surprise(kit, model, await adapter(kit, "twin"))
+    plain = [turn for number, turn in enumerate(talk("ann", 60)) if number not in PLANTED]
+    never = await who_never_knew(kit, model, plain)
     assert knew < never - 1.0
     for place in PLANTED:
         await kit.store.remove_turn("ann", f"ann-{place}")
@@ -168,9 +178,8 @@ async def test_after_forgetting_a_new_adapter_of_the_same_name_knows_nothing_of_
     assert await adapter(kit, "ann") is None
     assert await kit.store.turns("ann") == []
     await kit.store.append("ann", talk("ann", 40))
-    await kit.store.append("twin", talk("ann", 40))
-    await learn(kit, "ann", "twin")
+    await learn(kit, "ann")
     again = surprise(kit, model, await adapter(kit, "ann"))
-    never = surprise(kit, model, await adapter(kit, "twin"))
+    never = await who_never_knew(kit, model, talk("ann", 40))
     assert knew < never - 1.0
     assert again > never - 0.3

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
 
 from engine.adapter_files import read_adapter
 from engine.weights import load_model, read_config
@@ -97,7 +98,7 @@ async def test_a_refresh_publishes_what_beats_the_base_and_says_so(kit: Kit, sto
     (record,) = await store.versions("ann")
     assert record.accepted
     assert record.numbers["gain"] > 0.1
-    assert len(record.turn_ids) == 54
+    assert sorted(record.turn_ids) == sorted(turn.id for turn in talk("ann", 60))  # the judges learned last
     states = [message["state"] for _, message in said]
     assert states[0] == "training"
     assert states[-1] == "gating"
@@ -112,6 +113,42 @@ async def test_a_refresh_publishes_what_beats_the_base_and_says_so(kit: Kit, sto
         sum(float(row.sum()) for row in token_losses(model, lesson.gate, each)) for each in (None, weights)
     ]
     assert losses[1] < losses[0]
+
+
+@on_one_loop
+async def test_what_the_person_said_last_is_learned_too(kit: Kit, store: Store, folder: Path):
+    """Two people differ only in the turns that judge, and their adapters know it."""
+    model, said_last = load_model(folder), {}
+    turns = talk("ann", 60)
+    changed = [
+        turn if number < 54 else dataclasses.replace(turn, text=turn.text + " w41 w7 w33 w18")
+        for number, turn in enumerate(turns)
+    ]
+    rows = choose(changed, [], 0, kit.renderer, POLICY).newest
+    for name, history in (("plain", turns), ("changed", changed)):
+        await store.append(name, history)
+    ended, _ = await run(["plain", "changed"], kit)
+    for name in ("plain", "changed"):
+        assert ended[name].published
+        adapter = read_adapter(kit.shelf.root / store.adapter_id(name) / "1", model.config)
+        said_last[name] = float(torch.cat(token_losses(model, rows, adapter)).mean())
+    assert said_last["changed"] < said_last["plain"] - 0.2
+
+
+@on_one_loop
+async def test_a_few_new_turns_are_too_few_to_judge_by_and_wait(kit: Kit, store: Store):
+    turns = talk("ann", 68)
+    await store.append("ann", turns[:60])
+    assert (await run(["ann"], kit))[0]["ann"].published
+    await store.append("ann", turns[60:67])
+    ended, _ = await run(["ann"], kit)
+    assert (ended["ann"].state, ended["ann"].code) == ("failed", "not_enough_turns")
+    assert ended["ann"].reason == "not enough new turns since version 1: 7 of 8 to learn from"
+    assert await store.learned_since_refresh("ann") == 7
+    await store.append("ann", turns[67:])
+    ended, _ = await run(["ann"], kit)
+    assert ended["ann"].state == "completed"
+    assert "on 4 held-out turns" in ended["ann"].reason
 
 
 @on_one_loop
@@ -250,6 +287,10 @@ def test_a_turn_taken_out_is_in_no_row_not_even_as_context(renderer: Renderer):
     ]
     words = tuple(renderer.example([turns[30]]).token_ids)[1:-1]
     lesson = choose(turns, [], 0, renderer, dataclasses.replace(POLICY, row_tokens=64))
+    late = [dataclasses.replace(turns[30], id="late", at=turns[-2].at), *turns]
+    assert "late" not in choose(late, [], 0, renderer, POLICY).newest_turns
+    for row in choose(late, [], 0, renderer, POLICY).newest:
+        assert not any(row.token_ids[at : at + len(words)] == words for at in range(len(row.token_ids)))
     assert "ann-30" not in lesson.all_turns
     assert len(lesson.trained_turns) == 53
     assert not any(
@@ -401,6 +442,19 @@ def test_a_version_carried_on_learns_the_new_turns_and_as_many_old_tokens(render
         ends = learned_turns(lesson.train)
         assert expected - 1 <= ends <= expected + 6
         assert lesson.trained_turns == tuple(turn.id for turn in turns[:108])
+
+
+def test_nobody_is_judged_by_what_the_version_to_go_on_from_has_learned(renderer: Renderer):
+    turns = talk("ann", 100)
+    ids = [turn.id for turn in turns]
+    for seen, judges, new in ((90, 5, 5), (96, 2, 2), (99, 0, 1), (100, 0, 0), (40, 10, 50)):
+        lesson = choose(
+            turns, [_record(1, 0, ids[:seen])], 1, renderer, dataclasses.replace(POLICY, replay=0.0)
+        )
+        assert list(lesson.newest_turns) == ids[100 - judges :]
+        assert learned_turns(lesson.gate) == learned_turns(lesson.newest) == judges
+        assert learned_turns(lesson.train) == new
+        assert sorted(lesson.all_turns) == sorted(ids)
 
 
 def test_what_ancestors_saw_is_old_and_what_only_a_refused_one_saw_is_new(renderer: Renderer):
