@@ -3,7 +3,7 @@
 Everyone brings a sample person's history along, says one thing more, and asks for a refresh at once; when the
 new version is announced, they say the next thing. The clock runs from the first message's acceptance to the
 first word that the new version writes. Each round is of new people; round one starts the training process, in
-later rounds it is warm.
+later rounds it is warm. That the version has learned from that very message is asked of its record.
 
     python -m benchmarks.bench_staleness [--people 8] [--rounds 2] [--keep]
 """
@@ -62,8 +62,7 @@ class Person:
 
     async def learn_one_message(self, number: int) -> dict[str, float] | None:
         """Seconds of each stage; None if the gate refused the version."""
-        text = f"This is what I wanted to say, number {number}: I like my answers the way I write them."
-        await self.send(type="response.create", input=text, max_output_tokens=1)
+        await self.send(type="response.create", input=message(number), max_output_tokens=1)
         _, accepted = await self.hear(lambda event: event["type"] == "response.created")
         await self.hear(lambda event: event["type"] in ("response.completed", "response.incomplete"))
         at = {"accepted": accepted}
@@ -83,6 +82,22 @@ class Person:
         moments = ("accepted", *STAGES)
         took = {after: at[after] - at[before] for before, after in zip(moments, STAGES, strict=False)}
         return took | {"whole": at["first_word"] - accepted}
+
+
+def message(number: int) -> str:
+    return f"This is what I wanted to say, number {number}: I like my answers the way I write them."
+
+
+async def knows(settings: Settings, user: str, number: int) -> bool:
+    """Whether the version that answers this person was trained on the message."""
+    store = Store(connect(settings.redis_address), bytes.fromhex(settings.secret_path.read_text().strip()))
+    try:
+        serving = (await store.pointer(user)).version
+        records = {record.version: record for record in await store.versions(user)}
+        said = {turn.id for turn in await store.turns(user) if turn.text == message(number)}
+        return serving in records and said <= set(records[serving].turn_ids)
+    finally:
+        await store.close()
 
 
 def _ends(event: dict[str, Any], stage: str) -> bool:
@@ -118,7 +133,9 @@ async def measure(service: RunningService, people: int, rounds: int) -> dict[str
         stages = {
             stage: spread([each[stage] for each in published]) for stage in (*STAGES, "whole") if published
         }
-        results.append({"published": len(published), "refused": people - len(published), **stages})
+        knowing = [await knows(settings, name, number) for name in names]
+        counts = {"published": len(published), "refused": people - len(published)}
+        results.append({**counts, "learned_from_the_message": sum(knowing), **stages})
         print(json.dumps({"round": number + 1, **results[-1]}), flush=True)
     return {"people": people, "rounds": results}
 
