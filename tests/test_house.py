@@ -72,6 +72,17 @@ def test_the_readme_names_every_file_of_the_house_once_with_a_line() -> None:
     assert sorted(named) == expected
 
 
+def test_the_readme_names_what_the_wire_has() -> None:
+    wire = re.search(r"## The wire\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert wire
+    asked = re.findall(r'tag="([\w.]+)"', (ROOT / "service/protocol.py").read_text())
+    assert asked
+    assert [tag for tag in asked if f"`{tag}`" not in wire[1]] == []
+    ours = re.findall(r'Route\(\s*"(/attune/\w+(?:/\w+)?)', (ROOT / "service/attune_api.py").read_text())
+    assert ours
+    assert [path for path in ours if path not in wire[1] and path != "/attune/demo/session"] == []
+
+
 def test_no_file_names_the_host_of_a_package_registry() -> None:
     hosts = re.compile(
         rb"py" rb"pi\.org|python" rb"hosted|npm" rb"js\.(?:org|com)|deb\.debian\.|yarnpkg\.com"
