@@ -27,14 +27,17 @@ class When:
     """Turns are learned turns, gains nats per token.
 
     minimum_turns   before that many there is nothing to try: context alone serves better
+    least_new       new turns below which a version that is carried on could not be judged
     after_turns     at least so many new ones start a refresh at once; 0: never at once, the night only
     worth_at_once   expected gain that is worth a refresh at once
     worth_at_night  the same for the night, when nobody waits for the device
-    at_latest       new turns are learned in the night after so long, whatever they promise
+    at_latest       as many new turns as can be judged are learned in the night after so long, whatever they
+                    promise
     trust           most that a person's last refresh can raise or lower what is expected, as a factor
     """
 
     minimum_turns: int = 50
+    least_new: int = 8
     after_turns: int = 50
     worth_at_once: float = 0.008
     worth_at_night: float = 0.001
@@ -42,7 +45,7 @@ class When:
     trust: float = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("minimum_turns", "after_turns"):
+        for name in ("minimum_turns", "least_new", "after_turns"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 <= self.worth_at_night <= self.worth_at_once:
@@ -107,6 +110,8 @@ def _hindrance(standing: Standing, policy: When) -> str:
         return f"not enough turns yet: {standing.learned} of {policy.minimum_turns} to learn from"
     if not standing.fresh:
         return "nothing new"
+    if standing.fresh < min(policy.least_new, standing.learned):
+        return f"not enough new turns yet: {standing.fresh} of {policy.least_new} to judge by"
     if standing.trial:
         return "a version is on trial"
     return ""

@@ -69,10 +69,14 @@ def test_refreshes_that_do_not_pay_are_tried_less_often_and_good_ones_more():
 
 def test_the_night_takes_what_is_worth_less_and_what_has_waited_long():
     assert not due_tonight(standing(100, 1, gained=0.04), NOW, POLICY).due
-    assert due_tonight(standing(100, 6, gained=0.04), NOW, POLICY).due
+    assert due_tonight(standing(100, 8, gained=0.04), NOW, POLICY).due
+    few = due_tonight(standing(100, 7, gained=0.04), NOW, POLICY)
+    assert (few.due, few.why) == (False, "not enough new turns yet: 7 of 8 to judge by")
     assert not due_now(standing(100, 6, gained=0.04), POLICY).due
     week = timedelta(days=7)
-    assert due_tonight(standing(100, 1, gained=0.04, ago=week), NOW, POLICY).due
+    assert not due_tonight(standing(1000, 8, gained=0.04), NOW, POLICY).due
+    assert due_tonight(standing(1000, 8, gained=0.04, ago=week), NOW, POLICY).due
+    assert not due_tonight(standing(1000, 7, gained=0.04, ago=week), NOW, POLICY).due
     assert not due_tonight(standing(100, 0, gained=0.04, ago=week), NOW, POLICY).due
     assert not due_tonight(standing(49, 49), NOW, POLICY).due
 
