@@ -5,7 +5,7 @@ new version is announced, they say the next thing. The clock runs from the first
 first word that the new version writes. Each round is of new people; round one starts the training process, in
 later rounds it is warm. That the version has learned from that very message is asked of its record.
 
-    python -m benchmarks.bench_staleness [--people 8] [--rounds 2] [--keep]
+    python -m benchmarks.bench_staleness [--people 8] [--rounds 2] [--device auto] [--keep]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import websockets
 
-from benchmarks.common import report
+from benchmarks.common import gpu, report
 from personalization.history import parse
 from personalization.store import Store, connect
 from service.cli import sign
@@ -151,13 +151,16 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--people", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "data"
-        with running_service(data, auto_refresh_after="0", nightly_hour="none", demo_users="off") as service:
+        with running_service(
+            data, auto_refresh_after="0", nightly_hour="none", demo_users="off", device=options.device
+        ) as service:
             numbers = asyncio.run(measure(service, options.people, options.rounds))
-    report("bench_staleness", numbers, keep=options.keep)
+    report("bench_staleness", {**gpu(), "device": options.device, **numbers}, keep=options.keep)
 
 
 if __name__ == "__main__":

@@ -80,12 +80,14 @@ def test_preparing_steps_touches_no_page_and_changes_no_reply(world: World) -> N
     sequence = driver.sequence(tokens, resident)
     driver.logits((sequence, 4))
     before = driver.arena.clone()
+    likely = list(driver.runner._likely_shapes())
+    if not HAS_GPU:  # three of them stand for all: a decode step, prompts alone, prompts beside decode rows
+        chosen = {(s.has_prompts, s.singles > 0): s for s in reversed(likely) if s.lora_groups}
+        driver.runner._graphs.update(dict.fromkeys(set(likely) - set(chosen.values())))
     shapes = 0
     while driver.runner.prepare():
         shapes += 1
-        if not HAS_GPU and shapes == 2:
-            break
-    assert shapes > 1
+    assert shapes == (len(set(likely)) if HAS_GPU else 3)
     assert torch.equal(before.nan_to_num(7.0), driver.arena.nan_to_num(7.0))
     got = driver.logits((sequence, 1))
     assert worst(got[0], world.reference(name, tokens)[4]) < 1e-4
