@@ -20,6 +20,7 @@ from engine.adapter_files import LoraModule, LoraWeights
 from engine.model import GROUP_MODULES, GROUPS, MODULES, ModelConfig, module_shape
 
 _EPS = 1e-8
+_QUERY_BLOCK = 256  # rows of scores that are computed together
 
 Context = Any  # torch's own type of a Function's context lacks what a Function may do with it
 
@@ -441,21 +442,40 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
     """softmax(q k^T / sqrt(D) + mask) v. q [U*S, Hq, D], k and v [U*S, Hkv, D], mask [U, 1, 1, S, S].
 
-    The query heads that share a K/V head are folded into one tall product.
+    The query heads that share a K/V head are folded into one tall product. Queries go in blocks of rows, each
+    with the keys up to its end: nothing later is seen, and computing it to hide it would be half of the work.
     -> [U*S, Hq, D], and what backward needs.
     """
     people, length = mask.shape[0], mask.shape[-1]
     kv_heads, dim = k.shape[1], k.shape[2]
-    folded_q = _fold(q, people, kv_heads)
-    folded_k, folded_v = _fold(k, people, kv_heads), _fold(v, people, kv_heads)
-    scores = torch.bmm(folded_q, folded_k.mT)  # [U*Hkv, G*S, S]
-    scores.view(people, kv_heads, -1, length, length).mul_(dim**-0.5).add_(mask)
-    weights = torch.softmax(scores, -1)
-    out = _unfold(torch.bmm(weights, folded_v), people, length)
-    return out, (folded_q, folded_k, folded_v, weights)
+    folded_q, folded_k, folded_v = (_fold(x, people, kv_heads) for x in (q, k, v))
+    out, all_weights = torch.empty_like(folded_q), []
+    for begin, end in _blocks(length):
+        scores = torch.bmm(_rows_of(folded_q, length, begin, end), folded_k[:, :end].mT)  # [U*Hkv, G*n, end]
+        shown = scores.view(people, kv_heads, -1, end - begin, end)
+        shown.mul_(dim**-0.5).add_(mask[..., begin:end, :end])
+        weights = torch.softmax(scores, -1)
+        _put_rows(out, length, begin, end, torch.bmm(weights, folded_v[:, :end]))
+        all_weights.append(weights)
+    return _unfold(out, people, length), (folded_q, folded_k, folded_v, all_weights)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + _QUERY_BLOCK, length)) for begin in range(0, length, _QUERY_BLOCK)]
+
+
+def _rows_of(folded: Tensor, length: int, begin: int, end: int) -> Tensor:
+    """Of [B, G*S, D] the rows begin .. end of each of the G heads: [B, G*n, D]."""
+    return folded.view(folded.shape[0], -1, length, folded.shape[-1])[:, :, begin:end].flatten(1, 2)
+
+
+def _put_rows(folded: Tensor, length: int, begin: int, end: int, rows: Tensor) -> None:
+    """The reverse of `_rows_of`."""
+    heads = folded.view(folded.shape[0], -1, length, folded.shape[-1])
+    heads[:, :, begin:end] = rows.view(folded.shape[0], -1, end - begin, folded.shape[-1])
 
 
 def _fold(x: Tensor, people: int, kv_heads: int) -> Tensor:
@@ -476,22 +496,26 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        out, saved = _attend_rows(q, k, v, mask)
-        ctx.save_for_backward(*saved)
+        out, (folded_q, folded_k, folded_v, weights) = _attend_rows(q, k, v, mask)
+        ctx.save_for_backward(folded_q, folded_k, folded_v, *weights)
         ctx.rows = (mask.shape[0], mask.shape[-1])
         return out
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
+        q, k, v, *all_weights = ctx.saved_tensors
         people, length = ctx.rows
-        kv_heads, dim = k.shape[0] // people, k.shape[-1]
+        kv_heads, scale = k.shape[0] // people, k.shape[-1] ** -0.5
         grad_out = _fold(grads[0], people, kv_heads)
-        grad_v = torch.bmm(weights.mT, grad_out)
-        grad_weights = torch.bmm(grad_out, v.mT)
-        # dS = P * (dP - sum(dP * P)); the row sums equal the rows' sum(dO * O), but P is at hand.
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(dim**-0.5)
-        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (begin, end), weights in zip(_blocks(length), all_weights, strict=True):
+            out_rows = _rows_of(grad_out, length, begin, end)
+            grad_v[:, :end].baddbmm_(weights.mT, out_rows)
+            grad_weights = torch.bmm(out_rows, v[:, :end].mT)
+            # dS = P * (dP - sum(dP * P)); the row sums equal the rows' sum(dO * O), but P is at hand.
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+            _put_rows(grad_q, length, begin, end, torch.bmm(grad_scores, k[:, :end]))
+            grad_k[:, :end].baddbmm_(grad_scores.mT, _rows_of(q, length, begin, end))
         return (
             _unfold(grad_q, people, length),
             _unfold(grad_k, people, length),

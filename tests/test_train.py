@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import personalization.stack
 from engine.adapter_files import LoraModule, LoraWeights, write_adapter
 from engine.model import MODULES, module_shape
 from personalization.prompt import Example
@@ -127,8 +128,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
 
 
 @pytest.mark.parametrize("modules", [MODULES, ("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj")])
-@pytest.mark.parametrize("window", [None, 5])
-def test_gradients_equal_those_of_autograd_through_each_person_alone(modules, window):
+@pytest.mark.parametrize(("window", "block"), [(None, 256), (5, 256), (None, 4), (5, 4)])
+def test_gradients_equal_those_of_autograd_through_each_person_alone(modules, window, block, monkeypatch):
+    monkeypatch.setattr(personalization.stack, "_QUERY_BLOCK", block)  # of eleven rows: one, or three
     config = CONFIG
     if window:
         config = dataclasses.replace(CONFIG, sliding_window=window, sliding_layers=(0,))
