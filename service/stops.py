@@ -1,10 +1,11 @@
-"""Stop strings: text in, text out, cut before the first stop string. Pure."""
+"""Stop strings: text in, text out, cut before the stop string that is complete first. Pure."""
 
 from collections.abc import Sequence
 
 
 class StopText:
-    """Cuts a stream of text before the first stop string, wherever the pieces were broken.
+    """Cuts a stream of text before the stop string that is complete first (of those complete at the same
+    character, the longest), wherever the pieces were broken.
 
     A tail that could still become a stop string is held back until it cannot. What has come out after a
     number of pushes depends on the joined text alone, so a reply can be taken up again from its tokens."""
@@ -19,11 +20,11 @@ class StopText:
         if self.stopped:
             return ""
         held = self._held + text
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return held[: min(found)]
+            return held[: min(found)[1]]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -21,6 +21,9 @@ from tests.redis_fixture import redis_url as redis_url
 from tests.redis_fixture import session_redis as session_redis
 from tests.redis_fixture import store as store
 
-# How long one example takes says more about the machine's other work than about the code.
-settings.register_profile("attune", deadline=None)
+# The same examples in every run, so that a commit passes or fails whoever runs it;
+# `--hypothesis-profile=search` looks for new ones. How long one takes says more about the machine's other
+# work than about the code.
+settings.register_profile("attune", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("attune")

@@ -1,6 +1,6 @@
 """Stop strings cut text at the same place however it arrived."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.stops import StopText
@@ -30,14 +30,17 @@ def test_a_false_start_is_shown_once_it_cannot_become_the_stop() -> None:
     assert not stops.stopped
 
 
+@example(["a", "b", "b"], ["b", "abb"])  # the shorter is complete before the longer, which began first
+@example(["abb"], ["b", "abb"])
+@example(["a", "ab"], ["b", "ab"])
 @given(
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3),
 )
 def test_pieces_do_not_matter(pieces: list[str], stop_strings: list[str]) -> None:
     text = "".join(pieces)
-    cuts = [at for stop in stop_strings if (at := text.find(stop)) >= 0]
-    expected = text[: min(cuts)] if cuts else text
+    cuts = [(at + len(stop), at) for stop in stop_strings if (at := text.find(stop)) >= 0]
+    expected = text[: min(cuts)[1]] if cuts else text
     stops = StopText(tuple(stop_strings))
     shown = "".join(stops.push(piece) for piece in pieces)
     assert expected.startswith(shown)
