@@ -44,7 +44,8 @@ FLAGS = [
 DESK = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 REPLY_MS = 30_000
-REFRESH_MS = 150_000  # the sample people, who are refreshed at the first start, may be before us
+# The sample people, who are refreshed at the first start, may be before us, on a machine with other work.
+REFRESH_MS = 300_000
 
 Open = Callable[..., Page]
 
@@ -383,6 +384,7 @@ def test_a_chosen_theme_stays_after_a_reload(open_page: Open) -> None:
     assert page.evaluate(paper) == dark
 
 
+@pytest.mark.timeout(900)
 def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_taken_back(
     open_page: Open,
 ) -> None:
