@@ -184,10 +184,9 @@ class Layer(nn.Module):
 
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         num_q, num_kv, _ = self.heads
-        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # [T, Hq + 2 Hkv, D]
         if self.q_norm is None or self.k_norm is None:
-            rotated = kernels.rotary(heads[:, : num_q + num_kv], cos, sin)
-            return rotated[:, :num_q], rotated[:, num_q:], heads[:, num_q + num_kv :]
+            return kernels.split_rotary(qkv, num_q, num_kv, cos, sin)
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # [T, Hq + 2 Hkv, D]
         q, k, v = torch.split(heads, list(self.heads), dim=1)
         q = kernels.rotary(self.q_norm(q), cos, sin)
         k = kernels.rotary(self.k_norm(k), cos, sin)

@@ -1,8 +1,11 @@
 """The public ops of the CPU's path, and of training, which has its own forms of what it differentiates.
 
 The GPU's kernels are in modules of their own, imported only where there is a GPU (or an interpreter of
-Triton): `lora`, `linear`, `attention`, `fused` and `sampling`, called by `engine.gpu_decoder`.
+Triton): `lora`, `linear`, `attention`, `fused` and `sampling`, called by `engine.gpu_decoder`, and
+`training`.
 """
+
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +39,7 @@ __all__ = [
     "rms_norm",
     "rope_angles",
     "rotary",
+    "split_rotary",
     "write_kv",
     "write_kv_all_layers",
 ]
@@ -44,7 +48,8 @@ __all__ = [
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) * weight over the last side. x [.., H], weight [H] -> [.., H]."""
     if x.requires_grad:
-        return gradients.rms_norm(x, weight, eps)
+        out: Tensor = _differentiated(x).rms_norm(x, weight, eps)
+        return out
     return reference.rms_norm(x, weight, eps)
 
 
@@ -55,8 +60,30 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return reference.rotary(x, cos, sin)
 
 
+def split_rotary(
+    qkv: Tensor, num_q: int, num_kv: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotary` of q and k, and v as it is. qkv [T, (Hq + 2 Hkv) D] -> q [T, Hq, D], k and v [T, Hkv, D]."""
+    if qkv.requires_grad and qkv.is_cuda:
+        q, k, v = _differentiated(qkv).split_rotary(qkv, num_q, num_kv, cos, sin)
+        return q, k, v
+    heads = qkv.view(qkv.shape[0], num_q + 2 * num_kv, -1)
+    turned = rotary(heads[:, : num_q + num_kv], cos, sin)
+    return turned[:, :num_q], turned[:, num_q:], heads[:, num_q + num_kv :]
+
+
 def gated_activation(gate_up: Tensor) -> Tensor:
     """y = silu(g) * u. gate_up [T, 2F] = (g | u) -> [T, F]."""
     if gate_up.requires_grad:
-        return gradients.gated_activation(gate_up)
+        out: Tensor = _differentiated(gate_up).gated_activation(gate_up)
+        return out
     return reference.gated_activation(gate_up)
+
+
+def _differentiated(x: Tensor) -> Any:
+    """The ops with gradients for the device that x is on."""
+    if not x.is_cuda:
+        return gradients
+    from kernels import training
+
+    return training

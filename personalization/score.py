@@ -130,7 +130,7 @@ def _losses_of_part(model: LoadedModel, asked: _Asked) -> list[list[Tensor]]:
     places = {key: place for place, key in enumerate(adapters)}
     rows = torch.empty(len(adapters), shape.size, dtype=dtype, device=device)
     for key, place in places.items():
-        rows[place] = shape.row(adapters[key], None).to(device, dtype)
+        rows[place] = shape.row(adapters[key]).to(device, dtype)
     most_rows = max(1, _LAID_OUT_BYTES // max(1, shape.size * rows.element_size()))
 
     found: list[list[Tensor]] = [[torch.empty(0)] * len(examples) for _, examples in asked]

@@ -9,7 +9,8 @@ are learned hold nothing but the blocks; the product uses a dense copy, whose ze
 Person u's rows meet no other person's in any product, so every gradient is exactly that person's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,36 +89,72 @@ class AdapterShape:
         self.size = b_start
         return _Slot(layer, group, tuple(blocks), len(chosen) * self.rank, in_features, column)
 
-    def row(self, start: LoraWeights | None, generator: torch.Generator | None) -> Tensor:
-        """A person's starting row [size]: A uniform within 1/sqrt(in), B zero, or what `start` has of both.
-
-        A module of `start` with another rank is cut to its closest adapter of this rank, or filled up.
-        Without a generator what `start` lacks is zero: a row to predict with, not to begin from.
-        """
-        given = {} if start is None else {(m.layer, m.module): m for m in start.modules}
-        row = torch.zeros(self.size)
+    def rows(
+        self, starts: Sequence[LoraWeights | None], seeds: Sequence[int], device: torch.device
+    ) -> Tensor:
+        """Everyone's starting rows [U, size]: A uniform within 1/sqrt(in), by each one's own seed, B zero;
+        or what `starts` has of both. A seed's numbers differ from one kind of device to another."""
+        rows = torch.empty(len(starts), self.size, device=device)
+        bounds = torch.zeros(self.size)
         for slot in self.slots:
-            for block in slot.blocks:
-                a, b = self._views(row, block)
-                if generator is not None:
-                    bound = block.in_features**-0.5
-                    a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
-                module = given.get((slot.layer, block.module))
-                if module is not None:
-                    fitted_a, fitted_b = _fitted(module, self.rank, self.scale)
-                    a[: fitted_a.shape[0]] = fitted_a
-                    b[: fitted_a.shape[0]] = fitted_b
+            first = slot.blocks[0].a_start
+            bounds[first : first + slot.rank_rows * slot.in_features] = slot.in_features**-0.5
+        for row, seed in zip(rows, seeds, strict=True):
+            row.uniform_(-1, 1, generator=torch.Generator(device).manual_seed(seed))
+        rows.mul_(bounds.to(device))
+        for row, start in zip(rows, starts, strict=True):
+            if start is not None:
+                given, known = torch.zeros(self.size), torch.zeros(self.size, dtype=torch.bool)
+                self._fill(given, start, known)
+                torch.where(known.to(device), given.to(device), row, out=row)
+        return rows
+
+    def row(self, start: LoraWeights | None) -> Tensor:
+        """A row [size] to predict with: what `start` has, the rest zero."""
+        row = torch.zeros(self.size)
+        if start is not None:
+            self._fill(row, start)
         return row
 
-    def weights(self, row: Tensor) -> LoraWeights:
-        """The adapter that lies in `row`, as its own copy."""
+    def _fill(self, row: Tensor, start: LoraWeights, known: Tensor | None = None) -> None:
+        """Put what `start` has into a row, and mark where. A module of another rank is cut to its closest
+        adapter of this rank, or takes a part of the room."""
+        given = {(m.layer, m.module): m for m in start.modules}
+        for slot in self.slots:
+            for block in slot.blocks:
+                module = given.get((slot.layer, block.module))
+                if module is not None:
+                    for whole, part in zip(
+                        self._views(row, block), _fitted(module, self.rank, self.scale), strict=True
+                    ):
+                        whole[: len(part)] = part
+                    if known is not None:
+                        for whole in self._views(known, block):
+                            whole[: module.rank] = True
+
+    def weights(self, rows: Tensor) -> list[LoraWeights]:
+        """The adapters that lie in `rows` [U, size], as their own copies in host memory."""
+        turned = torch.empty_like(rows)  # as `rows`, but each B as [out, r]: all of it in one piece, and once
+        for slot in self.slots:
+            first = slot.blocks[0]
+            flat = slice(first.a_start, first.b_start)
+            turned[:, flat] = rows[:, flat]
+            for block in slot.blocks:
+                size = self.rank * block.out_features
+                place = turned[:, block.b_start : block.b_start + size]
+                place.view(len(rows), block.out_features, self.rank).copy_(self._views(rows, block)[1].mT)
+        kept = torch.empty(rows.shape, pin_memory=rows.is_cuda).copy_(turned)
+        return [self._unpacked(row.clone()) for row in kept]
+
+    def _unpacked(self, row: Tensor) -> LoraWeights:
+        """The adapter whose modules are views of `row`, each B in it as [out, r]."""
         modules = []
         for slot in self.slots:
             for block in slot.blocks:
-                a, b = self._views(row, block)
-                modules.append(
-                    LoraModule(slot.layer, block.module, a.clone(), b.t().contiguous(), self.scale)
-                )
+                a = row[block.a_start : block.a_start + self.rank * block.in_features]
+                b = row[block.b_start : block.b_start + self.rank * block.out_features]
+                a, b = a.view(self.rank, -1), b.view(-1, self.rank)
+                modules.append(LoraModule(slot.layer, block.module, a, b, self.scale))
         modules.sort(key=lambda m: (m.layer, MODULES.index(m.module)))
         return LoraWeights(tuple(modules))
 
@@ -182,22 +219,23 @@ class AdapterStack:
     def __init__(
         self,
         shape: AdapterShape,
-        rows: Sequence[Tensor],
+        rows: Tensor,
         dtype: torch.dtype,
-        device: torch.device,
         *,
         pulled: bool = False,
     ) -> None:
+        device = rows.device
         self.shape = shape
-        self.rows = torch.stack(list(rows)).to(device)  # [U, P]
+        self.rows = rows  # [U, P], changed from now on
         self._starts = self.rows.clone() if pulled else None
         self._first_moment = torch.zeros_like(self.rows)
         self._second_moment = torch.zeros_like(self.rows)
-        self._gradient = torch.zeros_like(self.rows)
         self._steps = 0
-        same = dtype == self.rows.dtype
-        self._working = self.rows if same else self.rows.to(dtype)
-        self._working_gradient = self._gradient if same else self._gradient.to(dtype)
+        self._working = self.rows.to(dtype)  # the rows themselves, if they are of that type
+        self._working_gradient = torch.zeros_like(self.rows, dtype=dtype)
+        # What reads it in a processor's update takes float32 only.
+        same = dtype == self.rows.dtype or device.type == "cuda"
+        self._gradient = self._working_gradient if same else torch.zeros_like(self.rows)
         self._dense = {
             (slot.layer, slot.group): torch.zeros(
                 len(rows), slot.rank_rows, slot.out_features, dtype=dtype, device=device
@@ -267,7 +305,7 @@ class AdapterStack:
         """[U]: each person's gradient norm. Call once after backward, before `update`."""
         if self._working_gradient is not self._gradient:
             self._gradient[: self.people].copy_(self._working_gradient[: self.people])
-        norms: Tensor = torch.linalg.vector_norm(self._gradient[: self.people], dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self._gradient[: self.people], dim=1, dtype=torch.float32)
         return norms
 
     def update(
@@ -287,16 +325,15 @@ class AdapterStack:
         take one later: the count of steps is the stack's.
         """
         self._steps += 1
-        if self._starts is not None and pulls is not None:
-            drawn = torch.tensor([rate * pull for rate, pull in zip(rates, pulls, strict=True)])
-            drawn = drawn.to(self.rows.device, non_blocking=True) * sound
-            self.rows[: self.people].lerp_(self._starts[: self.people], drawn[:, None])
         if self.rows.is_cuda:
-            self._update_all(rates, divide_by, sound, betas)
+            self._update_all(rates, divide_by, sound, betas, pulls or [0.0] * self.people)
         else:
+            if self._starts is not None and pulls is not None:
+                drawn = torch.tensor([rate * pull for rate, pull in zip(rates, pulls, strict=True)]) * sound
+                self.rows[: self.people].lerp_(self._starts[: self.people], drawn[:, None])
             self._update_each(rates, divide_by, sound, betas)
-        if self._working is not self.rows:
-            self._working[: self.people].copy_(self.rows[: self.people])
+            if self._working is not self.rows:
+                self._working[: self.people].copy_(self.rows[: self.people])
         self._fill_dense()
 
     def _update_each(
@@ -325,18 +362,24 @@ class AdapterStack:
             )
 
     def _update_all(
-        self, rates: Sequence[float], divide_by: Tensor, sound: Tensor, betas: tuple[float, float]
+        self,
+        rates: Sequence[float],
+        divide_by: Tensor,
+        sound: Tensor,
+        betas: tuple[float, float],
+        pulls: Sequence[float],
     ) -> None:
-        """Everyone in the same few operations. Nothing is read back from the device."""
-        everything = (self.rows, self._gradient, self._first_moment, self._second_moment)
-        rows, gradient, first, second = (stack[: self.people] for stack in everything)
-        rate = torch.tensor(rates).pin_memory().to(rows.device, non_blocking=True) * sound
-        g = torch.where(sound[:, None], gradient, 0.0).div_(divide_by[:, None])
-        first.lerp_(g, 1 - betas[0])
-        second.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        size = torch.div(second, 1 - betas[1] ** self._steps, out=g).sqrt_().add_(_EPS)
-        step = torch.div(first, size, out=size).mul_((rate / (1 - betas[0] ** self._steps))[:, None])
-        rows.sub_(step)
+        """Everyone in one pass over memory. Nothing is read back from the device."""
+        from kernels import training
+
+        everything = (self.rows, self._gradient, self._first_moment, self._second_moment, self._working)
+        rows, gradient, first, second, working = (stack[: self.people] for stack in everything)
+        starts = None if self._starts is None else self._starts[: self.people]
+        given = torch.tensor([rates, pulls]).pin_memory().to(rows.device, non_blocking=True)
+        training.adam(
+            rows, gradient, first, second, working, starts, given[0], given[1], divide_by, sound,
+            self._steps, betas, _EPS,
+        )  # fmt: skip
 
 
 def _add_delta(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -392,12 +435,22 @@ class _Delta(torch.autograd.Function):
 class RowAttention:
     """Causal attention inside the examples of each row; the `Attend` that training gives the model.
 
-    segments [U, S]: the number of the example a token belongs to, -1 for padding. Rows are short (tens of
-    tokens), so the plain products over a whole row beat the tiled attention kernels by far.
+    segments [U, S]: the number of the example a token belongs to, -1 for padding. bounds [B + 1] int32: where
+    each example, and the padding of each row, begins among the flat tokens; the longest has `longest`. On a
+    processor the plain products over a whole row beat the tiled attention kernels by far.
     """
 
-    def __init__(self, segments: Tensor, positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        segments: Tensor,
+        positions: Tensor,
+        bounds: Tensor,
+        longest: int,
+        config: ModelConfig,
+        dtype: torch.dtype,
+    ) -> None:
         self._segments, self._positions, self._config = segments, positions, config
+        self._bounds, self._longest = bounds, longest
         self._dtype = dtype
         self._masks: dict[int | None, Tensor] = {}
 
@@ -405,6 +458,10 @@ class RowAttention:
         window = self._config.window(layer)
         if window is not None and window >= self._segments.shape[1]:
             window = None
+        if q.is_cuda and self._dtype != torch.float32:
+            behind = -1 if window is None else window - 1
+            mixed: Tensor = _AttendExamples.apply(q, k, v, self._bounds, self._longest, behind)  # type: ignore[no-untyped-call]
+            return mixed
         if window not in self._masks:
             self._masks[window] = self._mask(window)
         mask = self._masks[window]
@@ -425,6 +482,51 @@ class RowAttention:
         seen |= at[:, None] == at
         mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         return mask[:, None, None]
+
+
+class _AttendExamples(torch.autograd.Function):
+    """What `_attend_rows` gives, by torch's flash kernels for examples of any length side by side
+    (FlashAttention-2, Dao, 2023): no score that the mask would hide is computed, none is written to memory.
+    bounds [B + 1] int32: where each begins; a token sees `behind` tokens before it, -1: all of its example.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, behind: int
+    ) -> Tensor:
+        out, total, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, bounds, bounds, longest, longest, 0.0, False, False,
+            window_size_left=behind, window_size_right=0,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, total, bounds, state, unused)
+        ctx.sizes = longest, behind
+        kept: Tensor = out
+        return kept
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, total, bounds, state, unused = ctx.saved_tensors
+        longest, behind = ctx.sizes
+        with _deterministic():  # the same bytes from the same seed
+            grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
+                grads[0].contiguous(), q, k, v, out, total, bounds, bounds, longest, longest, 0.0, False,
+                state, unused, window_size_left=behind, window_size_right=0,
+            )  # fmt: skip
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Kernels that have an order-keeping form take it."""
+    settings: Any = torch.utils.deterministic
+    mode, fills = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fills
 
 
 def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

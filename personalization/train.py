@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +205,13 @@ def _people_that_fit(model: LoadedModel, shape: AdapterShape, recipe: Recipe) ->
 
     What the backward pass keeps of a token, per layer: the residual stream and what the norms gave of it, q,
     k and v as projected, rotated and attended over, and four times the feed-forward's width. A person has
-    weights, moments and gradient in float32, and weights and gradient once more in the products' type."""
+    weights, where they began and moments in float32, and weights and gradient in the products' type."""
     config = model.config
     dtype_bytes = model.decoder.embed.element_size()
     heads = config.num_heads * config.head_dim
     kept = 8 * config.hidden_size + 6 * heads + 4 * config.intermediate_size
     token_bytes = dtype_bytes * (config.num_layers * kept + 2 * recipe.tokens_per_step)
-    person_bytes = shape.size * (5 * 4 + 4 * dtype_bytes)
+    person_bytes = shape.size * (4 * 4 + 4 * dtype_bytes)
     device = model.decoder.embed.device
     free, total = torch.cuda.mem_get_info(device)
     granted = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_allocated(device)
@@ -354,12 +355,11 @@ class _Run:
             self.taken += 1
             self.tokens += step.tokens
 
-    def result(self, shape: AdapterShape, row: Tensor) -> Trained:
+    def result(self, weights: LoraWeights) -> Trained:
         means = [
             sum(total for total, _ in losses) / sum(count for _, count in losses)
             for _, losses in sorted(self.losses.items())
         ] or [math.nan]
-        weights = shape.weights(row if self.best_row is None else self.best_row.cpu())
         return Trained(weights, self.taken, self.tokens, means[0], means[-1], self.error)
 
 
@@ -374,8 +374,9 @@ def _train_stack(
     that it never waits for the next step's operations."""
     decoder = model.decoder
     device, dtype = decoder.embed.device, decoder.embed.dtype
-    rows = [shape.row(run.person.start, torch.Generator().manual_seed(run.person.seed)) for run in runs]
-    stack = AdapterStack(shape, rows, dtype, device, pulled=any(run.recipe.pull for run in runs))
+    people = [run.person for run in runs]
+    rows = shape.rows([person.start for person in people], [person.seed for person in people], device)
+    stack = AdapterStack(shape, rows, dtype, pulled=any(run.recipe.pull for run in runs))
     clip = torch.tensor([run.recipe.clip for run in runs], device=device)
     sound = torch.ones(len(runs), dtype=torch.bool, device=device)  # all numbers were finite so far
     notes: list[Tensor] = []  # of each step [2, U]: losses and gradient norms
@@ -410,11 +411,12 @@ def _train_stack(
         step += 1
         count(len(working))
     written = [note.tolist() for note in notes]
-    kept = stack.rows.cpu()
     for index, run in enumerate(runs):
+        if run.best_row is not None:
+            stack.rows[index] = run.best_row
         mine = [(losses[index], norms[index]) for losses, norms in written[: run.taken]]
         run.account([loss for loss, _ in mine], [norm for _, norm in mine])
-    return [run.result(shape, kept[index]) for index, run in enumerate(runs)]
+    return [run.result(weights) for run, weights in zip(runs, shape.weights(stack.rows), strict=True)]
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
@@ -424,7 +426,7 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def _watch(model: LoadedModel, shape: AdapterShape, run: _Run, row: Tensor) -> None:
-    losses = token_losses(model, run.person.watch, shape.weights(row.cpu()))
+    losses = token_losses(model, run.person.watch, shape.weights(row[None])[0])
     watched = torch.cat(losses).mean().item()
     if watched < run.best_watched:
         run.best_watched, run.best_row = watched, row.clone()
@@ -442,6 +444,8 @@ class _Batch:
     token_ids: Tensor  # [U*S]
     positions: Tensor  # [U, S]
     segments: Tensor  # [U, S], -1 on padding
+    bounds: Tensor  # [B + 1] int32: where each example, or the padding of a row, begins in the flat tokens
+    longest: int  # of those
     loss_at: Tensor  # [N] flat places whose next token is learned
     targets: Tensor  # [N]
     people: Tensor  # [N] whose place it is
@@ -457,6 +461,7 @@ class _Batch:
         loss_at: list[NDArray[np.intp]] = []
         people: list[NDArray[np.int64]] = []
         weights: list[NDArray[np.float32]] = []
+        bounds = [0]
         for person, step in enumerate(steps):
             place, first = 0, len(loss_at)
             for number, example in enumerate(() if step is None else step.examples):
@@ -472,14 +477,26 @@ class _Batch:
                 emphasis = step.emphasis[number] if step is not None and step.emphasis else 1.0
                 weights.append(np.full(len(learned), emphasis, np.float32))
                 place = past
+                bounds.append(person * length + place)
+            if place < length:
+                bounds.append((person + 1) * length)
             total = sum(float(part.sum()) for part in weights[first:])
             for part in weights[first:]:
                 part /= total
             people.append(np.full(sum(map(len, weights[first:])), person))
         at = np.concatenate(loss_at)
         ids = token_ids.ravel()
-        parts = (ids, positions, segments, at, ids[at + 1], np.concatenate(people), np.concatenate(weights))
-        return cls(*(_moved(part, device) for part in parts))
+        return cls(
+            _moved(ids, device),
+            _moved(positions, device),
+            _moved(segments, device),
+            _moved(np.array(bounds, dtype=np.int32), device),
+            max(end - begin for begin, end in pairwise(bounds)),
+            _moved(at, device),
+            _moved(ids[at + 1], device),
+            _moved(np.concatenate(people), device),
+            _moved(np.concatenate(weights), device),
+        )
 
 
 def _moved(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -489,7 +506,7 @@ def _moved(array: NDArray[Any], device: torch.device) -> Tensor:
 
 def _forward_backward(decoder: Decoder, stack: AdapterStack, batch: _Batch, dtype: torch.dtype) -> Tensor:
     """[U] mean loss of each person; the gradients of each person's own mean are left in the stack."""
-    attend = RowAttention(batch.segments, batch.positions, decoder.config, dtype)
+    attend = RowAttention(batch.segments, batch.positions, batch.bounds, batch.longest, decoder.config, dtype)
     hidden = decoder(batch.token_ids, batch.positions.flatten(), attend, stack)
     losses, gradient = _head(decoder, hidden.detach()[batch.loss_at], batch.targets, batch.weights)
     upstream = torch.zeros_like(hidden)
@@ -504,12 +521,11 @@ def _head(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor) ->
 
     In blocks, so that no more logits exist at a time than fit the cache, or the memory they may take.
     """
-    size = _HEAD_ROWS
     if hidden.is_cuda:
-        size = max(size, _head_bytes(hidden.device) // (4 * decoder.config.vocab_size))
+        return _device_head(decoder, hidden, targets, weights)
     losses, gradients = [], []
-    for begin in range(0, len(hidden), size):
-        rows = slice(begin, begin + size)
+    for begin in range(0, len(hidden), _HEAD_ROWS):
+        rows = slice(begin, begin + _HEAD_ROWS)
         block = hidden[rows].requires_grad_()
         logits = decoder.logits(block)
         probabilities = torch.softmax(logits.detach(), -1)
@@ -518,4 +534,20 @@ def _head(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor) ->
         probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
         (gradient,) = torch.autograd.grad(logits, block, probabilities)
         gradients.append(gradient * weights[rows, None].to(gradient.dtype))
+    return torch.cat(losses), torch.cat(gradients)
+
+
+def _device_head(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`_head`, the logits turned into their gradient where they are."""
+    from kernels import training
+
+    head = decoder.head
+    assert head.bias is None
+    size = max(_HEAD_ROWS, _head_bytes(hidden.device) // (4 * decoder.config.vocab_size))
+    losses, gradients = [], []
+    for begin in range(0, len(hidden), size):
+        rows = slice(begin, begin + size)
+        logits = head(hidden[rows])
+        losses.append(training.cross_entropy(logits, targets[rows], weights[rows]))
+        gradients.append(logits @ head.weight)
     return torch.cat(losses), torch.cat(gradients)

@@ -121,7 +121,7 @@ async def test_what_the_person_said_last_is_learned_too(kit: Kit, store: Store, 
     model, said_last = load_model(folder), {}
     turns = talk("ann", 60)
     changed = [
-        turn if number < 54 else dataclasses.replace(turn, text=turn.text + " w41 w7 w33 w18")
+        turn if number < 54 else dataclasses.replace(turn, text=turn.text + 3 * " w41 w7 w33 w18")
         for number, turn in enumerate(turns)
     ]
     rows = choose(changed, [], 0, kit.renderer, POLICY).newest

@@ -137,12 +137,12 @@ def test_gradients_equal_those_of_autograd_through_each_person_alone(modules, wi
     model = small_model(config)
     shape = AdapterShape(config, modules, 3, 6.0)
     starts = [random_adapter(seed, 3, modules) for seed in (1, 2)]
-    rows = [shape.row(start, torch.Generator().manual_seed(0)) for start in starts]
-    stack = AdapterStack(shape, rows, torch.float32, torch.device("cpu"))
+    stack = AdapterStack(shape, shape.rows(starts, [0, 0], torch.device("cpu")), torch.float32)
     length = 11
     ids = torch.randint(0, 61, (2, length), generator=torch.Generator().manual_seed(4))
     positions = torch.arange(length).expand(2, length)
-    attend = RowAttention(torch.zeros(2, length, dtype=torch.long), positions, config, torch.float32)
+    segments, bounds = torch.zeros(2, length, dtype=torch.long), torch.tensor([0, length, 2 * length])
+    attend = RowAttention(segments, positions, bounds, length, config, torch.float32)
     hidden = model.decoder(ids.flatten(), positions.flatten(), attend, stack)
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
     hidden.backward(upstream)
@@ -156,7 +156,7 @@ def test_gradients_equal_those_of_autograd_through_each_person_alone(modules, wi
         expected = plain_forward(model, ids[person], leaves, 2.0, window)
         torch.testing.assert_close(hidden.view(2, length, -1)[person], expected, rtol=1e-4, atol=1e-5)
         expected.backward(upstream.view(2, length, -1)[person])
-        got = shape.weights(stack._gradient[person])
+        got = shape.weights(stack._gradient[person : person + 1])[0]
         for module in got.modules:
             a, b = leaves[module.layer, module.module]
             torch.testing.assert_close(module.a, a.grad, rtol=1e-3, atol=1e-5)
@@ -301,7 +301,7 @@ def test_training_begins_where_the_serving_version_stands():
 def test_a_start_of_another_rank_and_scale_is_fitted(rank, exact):
     start = random_adapter(1, rank, scale=0.7)
     shape = AdapterShape(CONFIG, MODULES, 4, 8.0)
-    fitted = shape.weights(shape.row(start, torch.Generator().manual_seed(0)))
+    fitted = shape.weights(shape.rows([start], [0], torch.device("cpu")))[0]
     for before, after in zip(start.modules, fitted.modules, strict=True):
         delta, kept = before.scale * before.b @ before.a, after.scale * after.b @ after.a
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
@@ -430,3 +430,48 @@ def test_gradients_equal_those_of_peft(tmp_path: Path):
                 n for n in state if f"layers.{module.layer}." in n and f"{module.module}.lora_{half}" in n
             )
             torch.testing.assert_close(ours, state[name].detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("pull", [0.0, 3.0])
+def test_a_gpu_trains_what_a_processor_trains(window, pull):
+    """From given weights, so that the two devices' own random numbers play no part; two people of unlike
+    length, one of them with modules of another rank, judged on the processor."""
+    config = CONFIG
+    if window:
+        config = dataclasses.replace(CONFIG, sliding_window=window, sliding_layers=(0,))
+    recipe = dataclasses.replace(RECIPE, pull=pull)
+    judge = small_model(config)
+    people = [
+        Person(habits(seed, count), seed=seed, start=random_adapter(seed, rank))
+        for seed, count, rank in ((1, 25, RECIPE.rank), (2, 9, RECIPE.rank), (3, 30, RECIPE.rank + 3))
+    ]
+    expected = train(judge, people, recipe)
+    for dtype, error in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+        model = small_model(config, dtype=dtype)
+        model.decoder.to("cuda")
+        trained = train(model, people, recipe)
+        again = train(model, people, recipe)
+        for person, one, other, known in zip(people, trained, again, expected, strict=True):
+            assert torch.equal(flat(one.weights), flat(other.weights))
+            assert one.steps == known.steps
+            assert one.first_loss == pytest.approx(known.first_loss, abs=error)
+            held_out = habits(person.seed, 60)[40:]
+            first, second = (mean_loss(judge, held_out, each.weights) for each in (one, known))
+            assert abs(first - second) < error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_someone_whose_numbers_break_stops_alone():
+    model = small_model()
+    model.decoder.to("cuda")
+    nan = tuple(dataclasses.replace(m, b=torch.full_like(m.b, torch.nan)) for m in random_adapter(3).modules)
+    sound = Person(habits(1, 12), seed=1)
+    whole, stopped = train(model, [sound, Person(habits(2, 12), seed=2, start=LoraWeights(nan))], RECIPE)
+    (alone,) = train(model, [sound], RECIPE)
+    assert stopped.error is not None
+    assert whole.error is None
+    torch.testing.assert_close(flat(whole.weights), flat(alone.weights), rtol=0, atol=2e-4)
