@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import report
-from engine.adapter_files import read_adapter, version_folder
+from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.weights import LoadedModel, load_model
+from personalization.evaluate import interval
 from personalization.examples import split
 from personalization.history import Turn, dump, learned, parse
 from personalization.prompt import Example, Renderer
 from personalization.refresh import RefreshPolicy, choose
-from personalization.score import token_losses
+from personalization.score import losses_of_many
 from personalization.store import Store, connect
 from personalization.train import Person, best_dtype, train
 from service import demo_model
@@ -67,18 +68,12 @@ def cut(user: str, turns: list[Turn], renderer: Renderer) -> Held:
     return Held(user, turns[:first], parts.gate)
 
 
-def mean_loss(model: LoadedModel, rows: list[Example], folder: Path | None) -> float | None:
-    """Nats per held-out token; None where nothing is left to measure."""
-    weights = None if folder is None else read_adapter(folder, model.config)
-    losses = torch.cat([torch.empty(0), *token_losses(model, rows, weights)])
-    return losses.mean().item() if len(losses) else None
-
-
-def interval(values: list[float], draws: int = 2000) -> list[float]:
-    """Bootstrap 95 % interval of the mean."""
-    chooser = random.Random(0)
-    means = sorted(statistics.fmean(chooser.choices(values, k=len(values))) for _ in range(draws))
-    return [round(means[int(draws * 0.025)], 4), round(means[int(draws * 0.975)], 4)]
+def mean_losses(
+    model: LoadedModel, adapters: Sequence[LoraWeights | None], rows: Sequence[Sequence[Example]]
+) -> list[float | None]:
+    """Nats per held-out token of each person; None where nothing is left to measure."""
+    found = losses_of_many(model, list(zip(adapters, rows, strict=True)))
+    return [torch.cat(losses).mean().item() if any(map(len, losses)) else None for losses in found]
 
 
 async def versions_of(settings: Settings, users: list[str]) -> dict[str, tuple[str, int]]:
@@ -203,21 +198,19 @@ def main() -> None:
             "kept_back": sum(each["state"] == "completed" and not each["published"] for each in outcomes),
         }
         print(json.dumps(numbers), flush=True)
-        changes, shares, unmeasured = [], [], 0
-        for each in people:
-            adapter, version = serving[each.user]
-            if not version:
-                continue
-            before = mean_loss(model, each.rows, None)
-            after = mean_loss(model, each.rows, version_folder(settings.adapter_root, adapter, version))
-            if before is None or after is None:
-                unmeasured += 1
-                continue
-            changes.append(before - after)
-            shares.append((before - after) / before)
+        served = [each for each in people if serving[each.user][1]]
+        adapters = [
+            read_adapter(version_folder(settings.adapter_root, *serving[each.user]), model.config)
+            for each in served
+        ]
+    rows = [each.rows for each in served]
+    before, after = mean_losses(model, [None] * len(rows), rows), mean_losses(model, adapters, rows)
+    measured = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
+    changes = [b - a for b, a in measured]
+    shares = [(b - a) / b for b, a in measured]
     numbers["held_out"] = {
         "people": len(changes),
-        "nothing_held_out": unmeasured,
+        "nothing_held_out": len(served) - len(measured),
         "mean_gain_nats_per_token": round(statistics.fmean(changes), 4),
         "interval_95": interval(changes),
         "mean_gain_share": round(statistics.fmean(shares), 4),
