@@ -7,6 +7,7 @@ the device.
 """
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import nullcontext
@@ -100,6 +101,7 @@ class GpuRunner:
             self._decoder = GpuDecoder(model.decoder, arena, self._slabs, self._inputs)
         self._graphs: dict[StepShape, Graph | None] = {}  # None on a CPU, which records nothing
         self._groups: dict[tuple[str, ...], None] = dict.fromkeys([(), GROUPS])  # of all adapters seen
+        self._to_prepare: deque[StepShape] | None = None  # None: to be listed, as `_groups` has changed
         self._results = [torch.zeros(rows, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(2)]
         self._side = 0
         self._no_logits = torch.zeros(0, config.vocab_size, device=device)
@@ -143,12 +145,16 @@ class GpuRunner:
 
         For when nothing is in flight: what the last step drew is gone afterwards.
         """
-        shape = next((shape for shape in self._likely_shapes() if shape not in self._graphs), None)
-        if shape is None:
+        if self._to_prepare is None:
+            self._to_prepare = deque(self._likely_shapes())
+        left = self._to_prepare
+        while left and left[0] in self._graphs:
+            left.popleft()
+        if not left:
             return False
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._is_cuda else nullcontext():
             self._inputs.fill_nothing()
-            self._run(shape)
+            self._run(left[0])
         return True
 
     def _likely_shapes(self) -> Iterator[StepShape]:
@@ -227,8 +233,9 @@ class GpuRunner:
             drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
         heads, longest = self._decoder.config.num_kv_heads, max(batch.context_lens[:single], default=0)
         groups = self._inputs.lora_groups(batch)
-        if len(self._groups) < _MOST_GROUPS:
-            self._groups.setdefault(groups)
+        if groups not in self._groups and len(self._groups) < _MOST_GROUPS:
+            self._groups[groups] = None
+            self._to_prepare = None
         return StepShape(
             padded,
             singles,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.batch import build_batch
+from engine.gpu_decoder import StepShape
 from engine.gpu_runner import GpuRunner
 from engine.weights import load_model
 from tests.engine_driver import BLOCK, Driver
@@ -104,3 +105,35 @@ def test_the_likely_shapes_are_those_that_batches_come_in(world: World) -> None:
         assert runner._shape(batch) in likely
         for sequence, length in parts:
             sequence.num_computed += length
+
+
+def test_likely_shapes_are_listed_once_and_again_when_another_kind_of_adapter_was_seen(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(world.loaded, on_gpu=True, num_slabs=900)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    lists: list[list[StepShape]] = []
+    likely = runner._likely_shapes
+
+    def listed() -> list[StepShape]:
+        lists.append(list(likely()))
+        return lists[-1]
+
+    monkeypatch.setattr(runner, "_likely_shapes", listed)
+    runner._graphs.update(dict.fromkeys(likely()))
+    assert not runner.prepare()
+    assert not runner.prepare()
+    assert len(lists) == 1
+
+    resident = world.place(driver)["r16-q-v"]
+    for seed in (53, 54):  # the second is of a kind that is known by now
+        batch = build_batch([driver.chunk(driver.sequence(tokens_of(seed, 4), resident), 1)], BLOCK)
+        groups = runner._shape(batch).lora_groups
+    new = [shape for shape in likely() if shape not in runner._graphs]
+    assert {shape.lora_groups for shape in new} == {groups}
+    runner._graphs.update(dict.fromkeys(new[1:]))
+    assert runner.prepare()
+    assert new[0] in runner._graphs
+    assert not runner.prepare()
+    assert len(lists) == 2
