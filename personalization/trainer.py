@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +32,7 @@ from personalization.neutral import neutral_rows
 from personalization.pacing import SHARE, Pacer, people_at_once
 from personalization.prompt import Example, Renderer
 from personalization.publish import META_FILE
-from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, best_dtype, train_stacks
+from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, Trained, best_dtype, train_stacks
 
 _PR_SET_PDEATHSIG = 1
 _MAX_FRAME = 1 << 31
@@ -286,24 +286,59 @@ def _end_with(lender: Borrowed) -> None:
     os._exit(1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Learner:
+    """A task, and the adapters of its folders: those that training can go on from."""
+
+    task: Task
+    serving: LoraWeights | None
+    start: LoraWeights | None  # only where nothing serves
+
+    def person(self) -> Person:
+        return Person(self.task.train, self.task.seed, self.serving or self.start)
+
+
 def _run_batch(
     base: _Base, gate: Gate, request: dict[str, Any], send: Callable[[dict[str, Any]], None]
 ) -> None:
     model = base.model
     recipe, policy = Recipe(**_tuples(request["recipe"])), GatePolicy(**_tuples(request["policy"]))
+    finish_recipe = None if request["finish"] is None else Recipe(**_tuples(request["finish"]))
     at_once = request["people_at_once"]
     if base.lender is not None and base.lender.is_busy:
         at_once = people_at_once(model.config, recipe, at_once)
-    tasks = [_unpack_task(task) for task in request["tasks"]]
-    serving = [_read_serving(task.serving, model) for task in tasks]
-    starts = [
-        _read_serving(task.start, model) if answers is None else None
-        for task, answers in zip(tasks, serving, strict=True)
-    ]
-    people = [
-        Person(task.train, task.seed, answers or start)
-        for task, answers, start in zip(tasks, serving, starts, strict=True)
-    ]
+    learners = [_learner(_unpack_task(task), model) for task in request["tasks"]]
+    people = [learner.person() for learner in learners]
+    for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=_progress(send)):
+        send({"kind": "judging", "ids": [learners[index].task.id for index in stack]})
+        verdicts = _verdicts(gate, policy, learners, stack)
+        candidates = {
+            index: scaled(stack[index].weights, verdict.strength) for index, verdict in verdicts.items()
+        }
+        finished: dict[int, LoraWeights] = {}
+        if finish_recipe is not None:
+            accepted = {
+                index: Accepted(candidates[index], task.train, task.newest, task.seed)
+                for index, verdict in verdicts.items()
+                if verdict.accepted and (task := learners[index].task).newest
+            }
+            finished = _finished(model, gate, accepted, finish_recipe, policy, at_once)
+        for index, trained in stack.items():
+            verdict = verdicts.get(index) or _without_gate(trained)
+            judged = Judged(
+                learners[index].task.id,
+                finished.get(index, candidates.get(index, trained.weights)),
+                verdict,
+                _numbers(trained, verdict),
+                model.base_hash,
+                began=learners[index].start is not None,
+                finished=index in finished,
+            )
+            send(_pack_judged(judged))
+
+
+def _progress(send: Callable[[dict[str, Any]], None]) -> Callable[[float], None]:
+    """Sends the share that is done, now and then, and its end always."""
     next_report = 0.0
 
     def report(share: float) -> None:
@@ -312,52 +347,56 @@ def _run_batch(
             next_report = now + _PROGRESS_EVERY_S
             send({"kind": "progress", "share": share})
 
-    for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=report):
-        send({"kind": "judging", "ids": [tasks[index].id for index in stack]})
-        learned = {index: each for index, each in stack.items() if each.error is None and each.steps}
-        cases = [Case(each.weights, serving[index], tasks[index].gate) for index, each in learned.items()]
-        verdicts = dict(zip(learned, gate.judge(cases, policy), strict=True))
-        candidates = {
-            index: scaled(stack[index].weights, verdict.strength) for index, verdict in verdicts.items()
-        }
-        finished: dict[int, LoraWeights] = {}
-        if request["finish"] is not None:
-            accepted = {
-                index: Accepted(candidates[index], tasks[index].train, tasks[index].newest, tasks[index].seed)
-                for index, verdict in verdicts.items()
-                if verdict.accepted and tasks[index].newest
-            }
-            finish_recipe = Recipe(**_tuples(request["finish"]))
-            done = finish(model, gate, list(accepted.values()), finish_recipe, policy, people_at_once=at_once)
-            finished = {
-                index: weights for index, weights in zip(accepted, done, strict=True) if weights is not None
-            }
-        for index, trained in stack.items():
-            task = tasks[index]
-            if trained.error is not None:
-                verdict = Verdict(False, f"refused: training broke off at {trained.error}")
-            else:
-                verdict = verdicts.get(index, Verdict(False, "nothing to learn from"))
-            numbers = {
-                "steps": float(trained.steps),
-                "trained_tokens": float(trained.tokens),
-                "train_loss_first": trained.first_loss,
-                "train_loss_last": trained.last_loss,
-                "strength": verdict.strength,
-            }
-            weights = finished.get(index, candidates.get(index, trained.weights))
-            send(
-                {
-                    "kind": "judged",
-                    "id": task.id,
-                    "weights": _pack_weights(weights),
-                    "verdict": asdict(verdict),
-                    "numbers": {name: value for name, value in numbers.items() if value == value},
-                    "base_hash": model.base_hash,
-                    "began": starts[index] is not None,
-                    "finished": index in finished,
-                }
-            )
+    return report
+
+
+def _verdicts(
+    gate: Gate, policy: GatePolicy, learners: Sequence[_Learner], stack: Mapping[int, Trained]
+) -> dict[int, Verdict]:
+    """The gate's verdict on each of the stack who has learned something, by the place among `learners`."""
+    learned = {index: each for index, each in stack.items() if each.error is None and each.steps}
+    cases = [
+        Case(each.weights, learners[index].serving, learners[index].task.gate)
+        for index, each in learned.items()
+    ]
+    return dict(zip(learned, gate.judge(cases, policy), strict=True))
+
+
+def _without_gate(trained: Trained) -> Verdict:
+    """The verdict on training that left nothing to judge."""
+    if trained.error is not None:
+        return Verdict(False, f"refused: training broke off at {trained.error}")
+    return Verdict(False, "nothing to learn from")
+
+
+def _finished(
+    model: LoadedModel,
+    gate: Gate,
+    accepted: Mapping[int, Accepted],
+    recipe: Recipe,
+    policy: GatePolicy,
+    at_once: int,
+) -> dict[int, LoraWeights]:
+    """Those of `accepted` who have learned their newest turns too, and may be published so."""
+    done = finish(model, gate, list(accepted.values()), recipe, policy, people_at_once=at_once)
+    return {index: weights for index, weights in zip(accepted, done, strict=True) if weights is not None}
+
+
+def _numbers(trained: Trained, verdict: Verdict) -> dict[str, float]:
+    """What is kept of a training in numbers; without steps there are no losses."""
+    numbers = {
+        "steps": float(trained.steps),
+        "trained_tokens": float(trained.tokens),
+        "train_loss_first": trained.first_loss,
+        "train_loss_last": trained.last_loss,
+        "strength": verdict.strength,
+    }
+    return {name: value for name, value in numbers.items() if value == value}
+
+
+def _learner(task: Task, model: LoadedModel) -> _Learner:
+    serving = _read_serving(task.serving, model)
+    return _Learner(task, serving, _read_serving(task.start, model) if serving is None else None)
 
 
 def _read_serving(folder: Path | None, model: LoadedModel) -> LoraWeights | None:
@@ -477,6 +516,19 @@ def _unpack_weights(packed: dict[str, Any]) -> LoraWeights:
             for place, (layer, module, scale) in enumerate(packed["modules"])
         )
     )
+
+
+def _pack_judged(judged: Judged) -> dict[str, Any]:
+    return {
+        "kind": "judged",
+        "id": judged.id,
+        "weights": _pack_weights(judged.weights),
+        "verdict": asdict(judged.verdict),
+        "numbers": judged.numbers,
+        "base_hash": judged.base_hash,
+        "began": judged.began,
+        "finished": judged.finished,
+    }
 
 
 def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Judged:
