@@ -13,13 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.model import GROUPS, Decoder, ModelConfig, group_shape
+from engine.model import Decoder, ModelConfig
+from personalization.score import LAYER_OPERATIONS, layer_weights
 from personalization.train import Recipe
 
 SHARE = 0.13  # what is left to those who wait makes their words come 15 % later at most
 _NAP_S = 0.0005
-# What one layer of a step may cost where someone may wait for it: about a millisecond of a large GPU.
-_LAYER_OPERATIONS = 5e11
 _MOST_TOKENS = 16_384
 
 
@@ -89,6 +88,5 @@ class Pacer:
 
 def people_at_once(config: ModelConfig, recipe: Recipe, most: int) -> int:
     """How many may share a step, so that no layer's backward pass takes long: from one to `most`."""
-    weights = sum(out * size for out, size in (group_shape(config, group) for group in GROUPS))
-    tokens = min(_MOST_TOKENS, _LAYER_OPERATIONS / (4 * weights))
+    tokens = min(_MOST_TOKENS, LAYER_OPERATIONS / (4 * layer_weights(config)))
     return max(1, min(most, int(tokens / recipe.tokens_per_step)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.adapter_files import LoraWeights
-from engine.model import GROUP_MODULES, MODULES, ModelConfig, module_shape
+from engine.model import GROUP_MODULES, GROUPS, MODULES, ModelConfig, group_shape, module_shape
 from engine.weights import LoadedModel
 from personalization.prompt import Example
 from personalization.stack import AdapterShape, FixedStack
@@ -15,6 +15,8 @@ _HEAD_ROWS = 128
 # Tokens of one batch of `losses_of_many`: enough for full speed, and the logits of 512 MB at 8k words.
 _BATCH_TOKENS = 2048
 _DEVICE_BATCH_TOKENS = 32_768
+# What one layer may cost at a time where someone may wait for the device: about a millisecond of a large GPU.
+LAYER_OPERATIONS = 5e11
 _DEVICE_HEAD_BYTES = 512 << 20
 _LAID_OUT_BYTES = 1 << 30  # of adapters side by side, so that one of a high rank costs others no memory
 
@@ -103,6 +105,11 @@ def losses_of_many(
     return found
 
 
+def layer_weights(config: ModelConfig) -> int:
+    """How many a layer multiplies each token with."""
+    return sum(out * size for out, size in (group_shape(config, group) for group in GROUPS))
+
+
 _Asked = Sequence[tuple[LoraWeights | None, Sequence[Example]]]
 
 
@@ -140,8 +147,9 @@ def _losses_of_part(model: LoadedModel, asked: _Asked) -> list[list[Tensor]]:
         for number, example in enumerate(examples)
     ]
     todo.sort(key=lambda each: -len(each[2].token_ids))
-    alone = decoder.embed.is_cuda and decoder.before_layer is None  # who shares a device keeps it briefly
-    limit = _DEVICE_BATCH_TOKENS if alone else _BATCH_TOKENS
+    limit = _DEVICE_BATCH_TOKENS if decoder.embed.is_cuda else _BATCH_TOKENS
+    if decoder.before_layer is not None:  # who shares a device keeps it briefly
+        limit = min(limit, max(_BATCH_TOKENS, int(LAYER_OPERATIONS / (2 * layer_weights(config)))))
     while todo:
         length = len(todo[0][2].token_ids)
         count = min(most_rows, max(1, limit // length))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.adapter_files import LoraModule, LoraWeights
-from engine.model import GROUP_MODULES, GROUPS, MODULES, ModelConfig, module_shape
+from engine.model import GROUP_MODULES, GROUPS, ModelConfig, module_shape
 
 _EPS = 1e-8
 _QUERY_BLOCK = 256  # rows of scores that are computed together
@@ -69,6 +69,11 @@ class AdapterShape:
                 slot = self._slot(layer, group, modules)
                 if slot is not None:
                     self.slots.append(slot)
+        self._part_sizes = [
+            rank * side
+            for slot in self.slots
+            for side in (*(b.in_features for b in slot.blocks), *(b.out_features for b in slot.blocks))
+        ]
 
     def _slot(self, layer: int, group: str, modules: Sequence[str]) -> _Slot | None:
         chosen = [module for module in GROUP_MODULES[group] if module in modules]
@@ -95,13 +100,13 @@ class AdapterShape:
         """Everyone's starting rows [U, size]: A uniform within 1/sqrt(in), by each one's own seed, B zero;
         or what `starts` has of both. A seed's numbers differ from one kind of device to another."""
         rows = torch.empty(len(starts), self.size, device=device)
-        bounds = torch.zeros(self.size)
+        bounds = torch.zeros(self.size, device=device)
         for slot in self.slots:
             first = slot.blocks[0].a_start
             bounds[first : first + slot.rank_rows * slot.in_features] = slot.in_features**-0.5
         for row, seed in zip(rows, seeds, strict=True):
             row.uniform_(-1, 1, generator=torch.Generator(device).manual_seed(seed))
-        rows.mul_(bounds.to(device))
+        rows.mul_(bounds)
         for row, start in zip(rows, starts, strict=True):
             if start is not None:
                 given, known = torch.zeros(self.size), torch.zeros(self.size, dtype=torch.bool)
@@ -143,19 +148,20 @@ class AdapterShape:
                 size = self.rank * block.out_features
                 place = turned[:, block.b_start : block.b_start + size]
                 place.view(len(rows), block.out_features, self.rank).copy_(self._views(rows, block)[1].mT)
-        kept = torch.empty(rows.shape, pin_memory=rows.is_cuda).copy_(turned)
-        return [self._unpacked(row.clone()) for row in kept]
+        if not rows.is_cuda:
+            return [self._unpacked(row.clone()) for row in turned]
+        passed = torch.empty(self.size, pin_memory=True)  # through one row, as pinning memory takes long
+        return [self._unpacked(passed.copy_(row).clone()) for row in turned]
 
     def _unpacked(self, row: Tensor) -> LoraWeights:
         """The adapter whose modules are views of `row`, each B in it as [out, r]."""
+        parts = iter(torch.split(row, self._part_sizes))  # each group's A of all modules, then each one's B
         modules = []
         for slot in self.slots:
-            for block in slot.blocks:
-                a = row[block.a_start : block.a_start + self.rank * block.in_features]
-                b = row[block.b_start : block.b_start + self.rank * block.out_features]
-                a, b = a.view(self.rank, -1), b.view(-1, self.rank)
+            all_a = [next(parts).view(self.rank, -1) for _ in slot.blocks]
+            for block, a in zip(slot.blocks, all_a, strict=True):
+                b = next(parts).view(-1, self.rank)
                 modules.append(LoraModule(slot.layer, block.module, a, b, self.scale))
-        modules.sort(key=lambda m: (m.layer, MODULES.index(m.module)))
         return LoraWeights(tuple(modules))
 
     def _views(self, row: Tensor, block: _Block) -> tuple[Tensor, Tensor]:

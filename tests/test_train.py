@@ -13,7 +13,17 @@ from engine.model import MODULES, module_shape
 from personalization.prompt import Example
 from personalization.score import token_losses
 from personalization.stack import AdapterShape, AdapterStack, RowAttention
-from personalization.train import InvalidRecipe, Person, Recipe, _stacks, best_dtype, plan, train
+from personalization.train import (
+    InvalidRecipe,
+    Person,
+    Recipe,
+    Step,
+    _batches,
+    _stacks,
+    best_dtype,
+    plan,
+    train,
+)
 from tests.small_model import CONFIG, habits, small_model
 
 RECIPE = Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=3, tokens_per_step=32)
@@ -85,6 +95,33 @@ def test_in_bfloat16_stacked_and_alone_agree_on_held_out_loss():
         first, second = (mean_loss(judge, held_out, each.weights) for each in (alone, in_stack))
         assert first < base - 0.3
         assert abs(first - second) < 0.03  # rounding to 8 bits, amplified by a model of 32 channels
+
+
+def test_batches_lie_as_their_steps_say():
+    def example(first: int, learned: str) -> Example:
+        return Example(tuple(range(first, first + len(learned))), tuple(mark == "x" for mark in learned))
+
+    one, two, three = example(10, ".xx"), example(20, ".x.xxx.x"), example(40, "..x")
+    steps = [[Step((one, two), 0, (1.0, 2.0)), None, Step((three,), 0)], [Step((two,), 0)]]
+    batches = _batches(steps, {}, torch.device("cpu"))
+    first, second = batches
+    assert first.token_ids.view(3, 16).tolist() == [
+        [10, 11, 12, *range(20, 28), 0, 0, 0, 0, 0],
+        [0] * 16,
+        [40, 41, 42, *[0] * 13],
+    ]
+    assert first.positions.tolist()[0] == [0, 1, 2, *range(8), 0, 0, 0, 0, 0]
+    assert first.segments.tolist()[0] == [0] * 3 + [1] * 8 + [-1] * 5
+    assert first.segments.tolist()[1] == [-1] * 16
+    assert first.bounds.tolist() == [0, 3, 11, 16, 32, 35, 48]
+    assert first.longest == 16
+    assert first.loss_at.tolist() == [0, 1, 3, 5, 6, 7, 9, 33]
+    assert first.targets.tolist() == [11, 12, 21, 23, 24, 25, 27, 42]
+    assert first.people.tolist() == [0] * 7 + [2]
+    assert first.weights.tolist() == pytest.approx([1 / 12] * 2 + [1 / 6] * 5 + [1])
+    assert (second.bounds.tolist(), second.longest) == ([0, 8], 8)
+    assert second.loss_at.tolist() == [0, 2, 3, 4, 6]
+    assert second.weights.sum() == pytest.approx(1)
 
 
 def test_stacks_of_any_size_give_the_same():
