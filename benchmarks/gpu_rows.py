@@ -895,6 +895,6 @@ ROWS = (
     Row("files-cold", "512 requests, 512 adapters, files cold", "872 tok/s (vLLM)", files_cold, "short"),
     Row("first-token", "first token: host, prefetched − device", "–", first_token, "short"),
     Row("throughput10k", "768 requests, 10,000 adapters / 64", "–", throughput_10k, "10k"),
-    Row("slora-s1", "S-LoRA S1, n 5 to 2,000", "−5 % to −10 % (S-LoRA)", slora_s1, "slora-s1"),
-    Row("slora-s2", "S-LoRA S2, n 5 to 2,000", "−5 % to −10 % (S-LoRA)", slora_s2, "slora-s2"),
+    Row("slora-s1", "S-LoRA S1, n 5 to 2,000", "−5 % to −10 % (S-LoRA)", slora_s1, "slora"),
+    Row("slora-s2", "S-LoRA S2, n 5 to 2,000", "−5 % to −10 % (S-LoRA)", slora_s2, "slora"),
 )
