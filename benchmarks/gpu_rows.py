@@ -216,7 +216,7 @@ class Bench:
         """Let go of the engine and of everything it holds."""
         if self._engine is not None:
             engine, self._engine = self._engine[1].engine, None
-            engine.close()
+            engine.close(wait=True)
             del engine
         self._collect()
 

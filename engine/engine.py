@@ -416,8 +416,10 @@ class Engine:
         self._prefix.check_integrity(blocks)
         self._adapters.check_integrity(adapters)
 
-    def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
+    def close(self, *, wait: bool = False) -> None:
+        """No adapter is read any more. `wait`: also not by a thread that had begun to, and would hold on to
+        the engine's memory until it ends."""
+        self._readers.shutdown(wait=wait, cancel_futures=True)
 
     # Inside a step
 
