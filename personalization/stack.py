@@ -69,11 +69,6 @@ class AdapterShape:
                 slot = self._slot(layer, group, modules)
                 if slot is not None:
                     self.slots.append(slot)
-        self._part_sizes = [
-            rank * side
-            for slot in self.slots
-            for side in (*(b.in_features for b in slot.blocks), *(b.out_features for b in slot.blocks))
-        ]
 
     def _slot(self, layer: int, group: str, modules: Sequence[str]) -> _Slot | None:
         chosen = [module for module in GROUP_MODULES[group] if module in modules]
@@ -155,12 +150,12 @@ class AdapterShape:
 
     def _unpacked(self, row: Tensor) -> LoraWeights:
         """The adapter whose modules are views of `row`, each B in it as [out, r]."""
-        parts = iter(torch.split(row, self._part_sizes))  # each group's A of all modules, then each one's B
-        modules = []
+        rank, modules = self.rank, []
         for slot in self.slots:
-            all_a = [next(parts).view(self.rank, -1) for _ in slot.blocks]
-            for block, a in zip(slot.blocks, all_a, strict=True):
-                b = next(parts).view(-1, self.rank)
+            for block in slot.blocks:
+                sides = block.in_features, block.out_features
+                a = row.as_strided((rank, sides[0]), (sides[0], 1), block.a_start)
+                b = row.as_strided((sides[1], rank), (rank, 1), block.b_start)
                 modules.append(LoraModule(slot.layer, block.module, a, b, self.scale))
         return LoraWeights(tuple(modules))
 

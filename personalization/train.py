@@ -257,6 +257,11 @@ class Step:
     def tokens(self) -> int:
         return sum(len(example.token_ids) for example in self.examples)
 
+    @property
+    def learned(self) -> int:
+        """Tokens that are learned; the first of an example cannot be."""
+        return sum(bytes(example.learn_mask).count(1, 1) for example in self.examples)
+
 
 def plan(
     examples: Sequence[Example], recipe: Recipe, seed: int, emphasis: Sequence[float] = ()
@@ -352,8 +357,7 @@ class _Run:
                     f"step {self.taken + 1}: expected finite numbers, got loss {loss}, gradient norm {norm}"
                 )
                 break
-            learned = sum(sum(example.learn_mask[1:]) for example in step.examples)
-            self.losses.setdefault(step.epoch, []).append((loss * learned, learned))
+            self.losses.setdefault(step.epoch, []).append((loss * step.learned, step.learned))
             self.taken += 1
             self.tokens += step.tokens
 
@@ -384,9 +388,7 @@ def _train_stack(
     notes: list[Tensor] = []  # of each step [2, U]: losses and gradient norms
     arrays: dict[int, _Arrays] = {}
     batches: list[_Batch] = []
-    ahead = (
-        1 if any(run.person.watch for run in runs) else _STEPS_AHEAD
-    )  # who is watched may stop at any step
+    most_ahead = 1 if any(run.person.watch for run in runs) else _STEPS_AHEAD  # who is watched may stop
     step = 0
     while True:
         # Longest first: whoever has steps left stands before everyone who has none.
@@ -397,6 +399,7 @@ def _train_stack(
         if active < stack.people:
             stack.use(active)
         if not batches:
+            ahead = min(step + 1, most_ahead)  # the device is not to wait long for its first step
             batches = _batches(_next_steps(runs, step, ahead), arrays, device)[::-1]
         losses = _forward_backward(decoder, stack, batches.pop(), dtype)
         norms = stack.gradient_norms()
