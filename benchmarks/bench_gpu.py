@@ -7,6 +7,7 @@ another card those in time are scaled by copy bandwidth.
 
     python -m benchmarks.bench_gpu [--rows decode32,punica] [--list] [--budget 300] [--out FILE]
     python -m benchmarks.bench_gpu --tiny      every row on a tiny model, on the CPU
+    python -m benchmarks.bench_gpu --files FOLDER --only-write      what files-cold reads, ahead of time
 
 Rows run in child processes, a few in each, so that a kernel that hangs or crashes costs its own row only.
 """
@@ -31,7 +32,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import commit, gpu, machine
-from benchmarks.gpu_rows import ROWS, Bench, Row
+from benchmarks.gpu_rows import ROWS, Bench, Row, write_cold_files
+from benchmarks.random_model import LLAMA_3_1_8B, TINY, RandomAdapters
 
 START_S = 180.0  # that a child may take until its first row begins
 GRACE_S = 60.0  # beyond its budget, before a row that does not come back is ended
@@ -87,7 +89,7 @@ def child(names: Sequence[str], options: argparse.Namespace, lines: Path) -> Non
 
         bench = Bench(
             options.device, tiny=options.tiny, budget_s=options.budget, step_tokens=options.step_tokens,
-            say=say,
+            say=say, files=options.files,
         )  # fmt: skip
         tell(
             {
@@ -194,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="a torch device; cuda, or cpu with --tiny")
     parser.add_argument("--commit", help="the commit measured, where there is no git")
     parser.add_argument("--out", type=Path, help="write the JSON here too, after every row")
+    parser.add_argument("--files", type=Path, help="where files-cold finds or leaves its 15 GB of adapters")
+    parser.add_argument("--only-write", action="store_true", help="write those files and end; needs no GPU")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.device = options.device or ("cpu" if options.tiny else "cuda")
@@ -206,6 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unknown := [name for name in chosen if name not in names]:
             parser.error(f"--rows: expected some of {', '.join(names)}; got {', '.join(unknown)}")
         names = [name for name in names if name in chosen]
+    if options.only_write:
+        shape, dtype, count = (
+            (TINY, torch.float32, 12) if options.tiny else (LLAMA_3_1_8B, torch.bfloat16, 512)
+        )
+        write_cold_files(RandomAdapters(shape, dtype), options.files, count)
+        return
     if options.child:
         child(names, options, options.child)
         return
@@ -215,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "--rows", ",".join(rows), "--child", str(lines), "--budget", str(options.budget),
             "--step-tokens", str(options.step_tokens), "--device", options.device,
         ]  # fmt: skip
+        flags += ["--files", str(options.files)] if options.files else []
         return [sys.executable, "-m", "benchmarks.bench_gpu", *flags, *["--tiny"] * options.tiny]
 
     result: Record = {

@@ -38,6 +38,7 @@ from benchmarks.random_model import (
     random_model,
     weight_bytes,
 )
+from engine.adapter_files import version_folder
 from engine.batch import build_batch
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -88,7 +89,7 @@ class Bench:
 
     def __init__(
         self, device: str, *, tiny: bool, budget_s: float = 300.0, step_tokens: int = 2048,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print, files: Path | None = None,
     ) -> None:  # fmt: skip
         self.device = torch.device(device)
         self.tiny = tiny
@@ -96,6 +97,7 @@ class Bench:
         self.budget = Budget(budget_s)
         self.step_tokens = step_tokens
         self.say = say
+        self.files = files
         self.is_cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.is_cuda else torch.float32
         self._model: tuple[str, LoadedModel] | None = None
@@ -685,16 +687,24 @@ def _short_arena(bench: Bench, adapters: int) -> int:
     return int(tokens * kv_bytes(config, bench.dtype.itemsize) + 1.1 * adapters * of_one)
 
 
+def write_cold_files(
+    adapters: RandomAdapters, root: Path, count: int
+) -> tuple[list[AdapterRef], list[AdapterRef]]:
+    """What `files_cold` reads: `count` adapters, and a few to warm up with; written if they are not there."""
+    refs = adapters.refs(ATTENTION_16, count + max(4, count // 16))
+    known = {path.parent for path in root.rglob("*.safetensors")} if root.is_dir() else set()
+    missing = [ref for ref in refs if version_folder(root, ref.id, ref.version) not in known]
+    adapters.write(root, missing, threads=min(16, os.cpu_count() or 1))
+    return refs[:count], refs[count:]
+
+
 def files_cold(bench: Bench) -> Measured:
     """512 requests of 64 + 64 tokens, each with an adapter of its own that is a file only."""
     count = bench.size(512, 12)
-    adapters = bench.adapters()
-    refs = adapters.refs(ATTENTION_16, 2 * count)
     with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
-        root = Path(folder)
+        root = bench.files or Path(folder)
         started = time.perf_counter()
-        warm_refs = refs[count : count + bench.size(32, 4)]
-        adapters.write(root, [*refs[:count], *warm_refs], threads=bench.size(16, 2))
+        refs, warm_refs = write_cold_files(bench.adapters(), root, count)
         files = sorted(root.rglob("*.safetensors"))
         size = files[0].stat().st_size
         written = size * len(files)
@@ -704,7 +714,7 @@ def files_cold(bench: Bench) -> Measured:
             bench.warm(driven, "8b", warm_refs)
             still_cached = drop_from_page_cache(files)
             bench.say(f"  {100 * still_cached:.1f} % of the files are still in the page cache")
-            run, said = _run(bench, driven, "8b", _short_work(bench, refs[:count], seed=30), "files cold")
+            run, said = _run(bench, driven, "8b", _short_work(bench, refs, seed=30), "files cold")
         finally:
             bench.free()  # its loaders read below the folder
         return Measured(
