@@ -39,6 +39,7 @@ CANDIDATES = 10  # messages to pick the true one from, adapters to find the auth
 SELECTION_TOKENS = 512  # of a row in which a message is picked
 AUTHOR_ROWS = 16  # of a person, whose author is sought
 POPULATION_ROWS = 8  # of each person, for the population adapter
+HALVES = 2  # of the people; each half gets the population adapter of the other
 QUESTIONS = 64  # people for whom an engine is asked
 DRAWS = 2000
 
@@ -67,6 +68,7 @@ class Extent:
     selection_turns  of each person, for which the true next message is picked among ten
     curve            learned turns to train on, newest first
     refreshes        in a row, against one from zero
+    from_population  everyone once more, begun from the population adapter, against that adapter alone
     stacks           people trained together, against one after another
     solo             people trained one after another
     """
@@ -75,6 +77,7 @@ class Extent:
     selection_turns: int = 4
     curve: tuple[int, ...] = (20, 50, 100, 200, 400)
     refreshes: int = 5
+    from_population: bool = True
     stacks: tuple[int, ...] = (1, 8, 64, 256)
     solo: int = 4
     people_at_once: int = PEOPLE_AT_ONCE
@@ -198,6 +201,10 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
         numbers["authors"] = _authors(bench, subjects, candidates)
     if extent.curve:
         numbers["curve"] = _curve(bench, subjects, context, extent)
+    if extent.from_population and len(subjects) >= 2 * HALVES:
+        numbers["from_population"] = _from_population(
+            bench, subjects, population, losses["population adapter + context"], extent
+        )
     if extent.refreshes:
         numbers["in_a_row"] = _in_a_row(bench, subjects, context, gate, published, extent)
     if extent.stacks:
@@ -384,16 +391,43 @@ def _drift(drifts: Sequence[float], published: Sequence[float], policy: RefreshP
 
 def _populations(bench: Bench, subjects: Sequence[Subject], extent: Extent) -> list[LoraWeights | None]:
     """For each person the adapter of the other half of the people."""
-    if len(subjects) < 2:
+    if len(subjects) < HALVES:
         return [None] * len(subjects)
     bench.say("training population adapters")
-    halves: list[list[Example]] = [[], []]
+    halves: list[list[Example]] = [[] for _ in range(HALVES)]
     for place, subject in enumerate(subjects):
         rows = list(subject.lesson.train)
         random.Random(place).shuffle(rows)
-        halves[place % 2].extend(rows[:POPULATION_ROWS])
-    first, second = _trained(bench, [Person(rows, 0) for rows in halves], extent)
-    return [second if place % 2 == 0 else first for place in range(len(subjects))]
+        halves[place % HALVES].extend(rows[:POPULATION_ROWS])
+    found = _trained(bench, [Person(rows, 0) for rows in halves], extent)
+    return [found[(place + 1) % HALVES] for place in range(len(subjects))]
+
+
+def _from_population(
+    bench: Bench,
+    subjects: Sequence[Subject],
+    population: Adapters,
+    alone: Sequence[float],
+    extent: Extent,
+) -> dict[str, Any]:
+    """What one's own turns add to what all people of the file have in common: adapters begun from the
+    population's, against that alone (with context all of them). A stranger's is one begun from the same."""
+    bench.say(f"training {len(subjects)} adapters from the population's")
+    people = [
+        _person(s.lesson, n, start) for n, (s, start) in enumerate(zip(subjects, population, strict=True))
+    ]
+    own = _trained(bench, people, extent)
+    strangers = [_stranger(at, len(subjects)) for at in range(len(subjects))]
+    test = [subject.test for subject in subjects]
+    return {
+        "own": _against(alone, _means(bench, own, test)),
+        "swapped": _against(alone, _means(bench, [own[at] for at in strangers], test)),
+    }
+
+
+def _stranger(place: int, people: int) -> int:
+    """The next one of the same half, after the last the first."""
+    return place + HALVES if place + HALVES < people else place % HALVES
 
 
 def _selection(

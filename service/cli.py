@@ -398,7 +398,9 @@ def evaluate_command(
 
     extent = Extent(people=people)
     if only_loss:
-        extent = Extent(people=people, selection_turns=0, curve=(), refreshes=0, stacks=())
+        extent = Extent(
+            people=people, selection_turns=0, curve=(), refreshes=0, from_population=False, stacks=()
+        )
     try:
         with processes.about_the_model(ModelError):
             done = evaluation.measure(

@@ -149,6 +149,16 @@ def table(numbers: dict[str, Any]) -> str:
             f"author among {found['among']} adapters: {found['hits_at_1']:.1%} "
             f"({_range(found['interval'])}), by chance {found['chance']:.1%}"
         )
+    if "from_population" in numbers:
+        found = numbers["from_population"]
+        lines += [
+            f"{title}: gain {row['gain']:+.4f} ({100 * row['gain_share']:+.2f} %; "
+            f"{_range(row['gain_interval'])}) over population adapter + context"
+            for title, row in (
+                ("one's own adapter begun from the population's", found["own"]),
+                ("a stranger's adapter begun from the same", found["swapped"]),
+            )
+        ]
     if "engine" in numbers:
         found = numbers["engine"]
         lines.append(

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from engine.weights import load_model
-from personalization.evaluate import Bench, Evaluation, Extent, NothingToMeasure, evaluate, interval
+from personalization.evaluate import (
+    Bench,
+    Evaluation,
+    Extent,
+    NothingToMeasure,
+    _stranger,
+    evaluate,
+    interval,
+)
 from personalization.gate import GatePolicy
 from personalization.history import Turn, dump
 from personalization.prompt import Renderer
@@ -69,6 +77,9 @@ def test_every_part_is_measured_as_far_as_the_histories_go(done: Evaluation) -> 
     assert numbers["in_a_row"]["in a row"]["gain"] > 0.1
     assert [row["people"] for row in numbers["stacked"]["sizes"]] == [1, 4]
     assert numbers["selection"]["asked"] == 8
+    from_population = numbers["from_population"]
+    assert from_population["own"]["gain_interval"][0] > 0.1
+    assert from_population["swapped"]["gain"] < from_population["own"]["gain"] - 0.1
     json.dumps(numbers)
 
 
@@ -94,18 +105,21 @@ def test_people_who_turn_to_something_else_are_made_worse_and_the_gate_keeps_tha
             POLICY, recipe=dataclasses.replace(POLICY.recipe, learning_rate=0.02, epochs=4)
         ),
     )
-    only_loss = Extent(selection_turns=0, curve=(), refreshes=0, stacks=())
+    only_loss = Extent(selection_turns=0, curve=(), refreshes=0, from_population=False, stacks=())
     numbers = evaluate(changed, eager, only_loss).numbers
     harm = numbers["harm"]["everyone"]
     assert harm["before"]["worse_noteworthy"] == 1.0
     assert harm["after"]["worse_noteworthy"] == 0.0
     assert numbers["loss"]["adapter + context, after the gate"]["gain"] == 0.0
-    assert set(numbers) & {"curve", "selection", "in_a_row", "stacked"} == set()
+    assert set(numbers) & {"curve", "selection", "in_a_row", "from_population", "stacked"} == set()
 
 
 def test_what_was_measured_is_told_whole_and_names_nobody(done: Evaluation) -> None:
     told = table(done.numbers)
-    for part in ("adapter + context, after the gate", "made worse", "drift", "author among", "learned from"):
+    for part in (
+        "adapter + context, after the gate", "made worse", "drift", "author among", "learned from",
+        "begun from the population's",
+    ):  # fmt: skip
         assert part in told
     shown = page(done)
     assert shown.count("<svg") == 3
@@ -148,3 +162,10 @@ def test_the_command_measures_a_file_and_writes_its_page(tmp_path: Path) -> None
     file.write_text("")
     error = attune("evaluate", str(file), *options, code=2, ATTUNE_DEVICE="cpu")
     assert "expected someone with 50 turns to learn" in error
+
+
+@pytest.mark.parametrize("people", [4, 5, 7, 12])
+def test_a_stranger_is_someone_else_who_begins_from_the_same(people: int) -> None:
+    strangers = [_stranger(place, people) for place in range(people)]
+    assert sorted(strangers) == list(range(people))
+    assert all(other != place and other % 2 == place % 2 for place, other in enumerate(strangers))
