@@ -203,8 +203,9 @@ class Scheduler:
         looked_at, same_up_to = self._looked_at
         if looked_at == self._changes and (not is_open or self._pool.available <= same_up_to):
             return refused
-        # Who is not admitted once all that could be were waits for an adapter, not for slabs.
-        same_up_to, looked_ahead = inf, 0
+        # Who is not admitted once all that could be were waits for an adapter, not for slabs. But who was
+        # looked at while nobody could be admitted is to be looked at again.
+        same_up_to, looked_ahead = inf if is_open else -1, 0
         with closing(self._fair_order()) as order:
             for sequence in order:
                 if is_open and (budget <= 0 or len(self.running) >= self._max_running):
