@@ -82,7 +82,8 @@ class Scheduler:
         self._adapters = adapters
         self._clock = clock
         self._waiting: dict[str, list[Sequence]] = {}  # by user, each list in the order to be admitted
-        self._num_waiting = 0
+        self._num_waiting = self._waiting_tokens = 0
+        self._gathering_steps = 0  # that new prompts have waited for others
         # (rank, number, user) of the first of every queue; some of what is no longer first, or has a higher
         # rank by now
         self._heads: list[tuple[float, int, str]] = []
@@ -183,13 +184,27 @@ class Scheduler:
             else:
                 budget -= length if pending > 1 else 0
                 chunks.append(Chunk(sequence, start, length, length == pending))
-        refused = self._admit(chunks, budget)
+        decoding = sum(pending == 1 for _, pending in moving)
+        refused = self._admit(chunks, 0 if self._gathers(decoding) else budget)
         if not chunks:  # nobody is held up by waiting for a copy
             late = next((s for s in self.running if s.is_arriving), None)
             if late is not None:
                 late.is_arriving = False
                 chunks.append(self._chunk(late, min(late.num_pending, self._config.max_tokens_per_step)))
         return Plan(tuple(chunks), tuple(refused))
+
+    def _gathers(self, decoding: int) -> bool:
+        """New prompts wait for others to be computed with, beside so many replies."""
+        wanted = self._config.gather_prompt_tokens
+        free = min(self._max_running - len(self.running), self._num_waiting)
+        gathers = (
+            0 < free * self._waiting_tokens < wanted * self._num_waiting
+            and decoding >= self._max_running / 2
+            and self._gathering_steps < self._config.gather_prompt_steps
+        )
+        if free:
+            self._gathering_steps = self._gathering_steps + 1 if gathers else 0
+        return gathers
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
         """Admit waiting requests in fair order while the budget and the pages last; append their chunks.
@@ -428,6 +443,7 @@ class Scheduler:
         # What was preempted has begun to answer; it goes before its user's other requests.
         insort(queue, sequence, key=lambda s: (s.preemptions == 0, -s.request.priority, s.number))
         self._num_waiting += 1
+        self._waiting_tokens += sequence.num_prompt
         self._queue_changes += 1
         if queue[0] is sequence:
             heappush(self._heads, (self._rank(sequence), sequence.number, sequence.request.user_key))
@@ -438,6 +454,7 @@ class Scheduler:
         was_first = queue[0] is sequence
         queue.remove(sequence)
         self._num_waiting -= 1
+        self._waiting_tokens -= sequence.num_prompt
         self._queue_changes += 1
         if not queue:
             del self._waiting[user]
