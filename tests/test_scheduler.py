@@ -176,6 +176,8 @@ class World:
         self.blocks.check_integrity(blocks)
         self.adapters.check_integrity(adapters)
         assert len(self.scheduler.running) + self.scheduler.num_waiting == len(self.live)
+        waiting_tokens = sum(sequence.num_prompt for sequence in self.scheduler.waiting)
+        assert self.scheduler._waiting_tokens == waiting_tokens
 
     def lengths(self) -> dict[str, int]:
         return {chunk.sequence.id: chunk.length for chunk in self.step().chunks}
