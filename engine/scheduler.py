@@ -90,6 +90,8 @@ class Scheduler:
         self._queue_changes = 0
         # What the last pass through the queue found, and up to how many available slabs it would end the same
         self._looked_at: tuple[tuple[int, ...], float] = ((), 0)
+        # Whose pages were not there in that pass: its rank then, and how many of its blocks were cached
+        self._held_up: tuple[Sequence, float, int] | None = None
         self._served: dict[str, float] = {}  # by user: tokens, weighted
         self._present: dict[str, int] = {}  # by user: requests waiting or running
         self._next_number = 0
@@ -216,11 +218,14 @@ class Scheduler:
         required: dict[AdapterRef, None] = {}
         is_open = budget > 0 and len(self.running) < self._max_running
         looked_at, same_up_to = self._looked_at
-        if looked_at == self._changes and (not is_open or self._pool.available <= same_up_to):
+        if looked_at == self._changes and (
+            not is_open or (self._pool.available <= same_up_to and self._is_held_up_as_before)
+        ):
             return refused
         # Who is not admitted once all that could be were waits for an adapter, not for slabs. But who was
         # looked at while nobody could be admitted is to be looked at again.
         same_up_to, looked_ahead = inf if is_open else -1, 0
+        self._held_up = None
         with closing(self._fair_order()) as order:
             for sequence in order:
                 if is_open and (budget <= 0 or len(self.running) >= self._max_running):
@@ -256,6 +261,7 @@ class Scheduler:
                         chunks.append(self._chunk(sequence, length))
                         continue
                     same_up_to = self._pool.available
+                    self._held_up = (sequence, self._rank(sequence), len(self._cached_blocks(sequence)))
                 if adapter is not None:
                     required[adapter] = None
         self._adapters.require(required)
@@ -268,6 +274,14 @@ class Scheduler:
     def _changes(self) -> tuple[int, ...]:
         """While this stays the same, so does what a pass through the queue finds, but for room."""
         return (self._queue_changes, *self._adapters.changes)
+
+    @property
+    def _is_held_up_as_before(self) -> bool:
+        """Others may have come before it as its user was served, and what it waits for may be less by now."""
+        if self._held_up is None:
+            return True
+        sequence, rank, cached = self._held_up
+        return rank == self._rank(sequence) and cached == len(self._cached_blocks(sequence))
 
     def _fair_order(self) -> Generator[Sequence, None, None]:
         """Waiting requests, the most deserving user's first. Charges made while iterating change what
@@ -332,10 +346,7 @@ class Scheduler:
         found: list[int] = []
         if self._blocks.enabled:
             self._extend_keys(sequence, sequence.num_tokens)
-            # One token at least must run, or there would be nothing to sample from.
-            found = self._blocks.match(
-                sequence.block_keys[: (sequence.num_tokens - 1) // self._blocks.block_size]
-            )
+            found = self._cached_blocks(sequence)
         self._blocks.acquire(found)
         new_blocks = self.blocks_for(sequence.num_tokens) - len(found)
         # Each running reply may want a block soon; without this reserve, admitting would only bring on
@@ -363,6 +374,11 @@ class Scheduler:
             self.stats.lookup_tokens += sequence.num_tokens
             self.stats.hit_tokens += sequence.num_computed
         return True
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Those it begins behind. One token at least must run, or there would be nothing to sample from."""
+        whole = (sequence.num_tokens - 1) // self._blocks.block_size
+        return self._blocks.match(sequence.block_keys[:whole])
 
     def _take(
         self, adapter: AdapterRef | None, new_blocks: int, reserve: int, sequence: Sequence

@@ -432,6 +432,26 @@ def test_an_idle_adapter_gives_way_to_kv_and_returns_when_needed() -> None:
     assert world.done == ["a", "long", "b"]
 
 
+def test_who_waits_for_pages_gives_way_once_its_user_has_had_more_than_another() -> None:
+    world = World(slabs=16, prefix_cache=False)
+    world.add("long", 4, 40, user="u")
+    world.step()
+    world.add("large", 60, 1, user="u", first=50)
+    world.add("small", 4, 1, user="v")
+    assert set(world.lengths()) == {"long"}  # both users have had the same, and the large one came first
+    assert set(world.lengths()) == {"long", "small"}
+
+
+def test_who_waits_for_pages_is_admitted_once_enough_of_its_prompt_was_computed_by_another() -> None:
+    world = World(slabs=9, max_tokens_per_step=14)
+    world.add("first", 24, 10)
+    assert world.lengths() == {"first": 14}
+    again = world.add("again", 24, 1)
+    assert world.lengths() == {"first": 10}
+    assert world.lengths() == {"first": 1, "again": 4}
+    assert again.cached_tokens == 20
+
+
 # Adapters
 
 
