@@ -138,7 +138,7 @@ class AdapterCache:
         self._started: dict[AdapterRef, float] = {}
         self._failed: OrderedDict[AdapterRef, _Failure] = OrderedDict()
         self._prefetching: dict[AdapterRef, None] = {}  # asked for by presence, not started; oldest first
-        self._needed: frozenset[AdapterRef] = frozenset()  # host copies that waiting requests will use
+        self._needed: dict[AdapterRef, None] = {}  # host copies that waiting requests will use, in order
         # Filled by loader threads; a deque's append and popleft are atomic.
         self._landed: deque[tuple[AdapterRef, Future[Packed]]] = deque()
         pool.on_evicted("adapter", self._on_evicted)
@@ -215,7 +215,7 @@ class AdapterCache:
                 break
             needed[ref] = None
             room -= cost
-        self._needed = frozenset(needed)
+        self._needed = needed
         for ref in needed:
             if ref in self._host:
                 self._host.move_to_end(ref)  # out of the way of _trim_host
@@ -245,7 +245,6 @@ class AdapterCache:
             seconds = self._clock() - self._started.pop(ref)
             error = future.exception()
             if error is not None:
-                self.stats.failures += 1
                 self._fail(ref, error)
                 continue
             self.stats.loads += 1
@@ -305,6 +304,7 @@ class AdapterCache:
         for ref in [ref for ref in self._failed if ref.id == adapter_id]:
             del self._failed[ref]
         self._prefetching = {ref: None for ref in self._prefetching if ref.id != adapter_id}
+        self._needed = {ref: None for ref in self._needed if ref.id != adapter_id}
         return slabs, before - self.host_bytes
 
     def check_integrity(self, pinned: Iterable[AdapterRef]) -> None:
@@ -354,6 +354,10 @@ class AdapterCache:
             self._notify()
 
     def _start_prefetches(self) -> None:
+        if self._prefetching:  # behind what requests wait for
+            for ref in self._needed:
+                if not self.ready(ref) and ref not in self._failed:
+                    self._start(ref)
         while self._prefetching and len(self._loading) < self._max_loading:
             ref = next(iter(self._prefetching))
             del self._prefetching[ref]

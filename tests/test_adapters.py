@@ -199,6 +199,17 @@ def test_more_prefetches_than_readers_are_started_as_others_land() -> None:
     assert all(world.cache.ready(ref) for ref in (A1, B1, C1))
 
 
+def test_what_a_request_waits_for_is_read_before_what_was_only_prefetched() -> None:
+    world = World(max_loading=1)
+    for ref in (A1, A2, B1, C1):
+        world.cache.prefetch(ref)
+    world.cache.require([C1, B1])
+    for _ in range(4):
+        world.readers.run_one()
+        world.cache.poll()
+    assert world.reads == [A1, C1, B1, A2]
+
+
 def test_a_pinned_adapter_is_not_evicted_and_the_least_recently_used_one_is() -> None:
     world = World(slabs=6)
     world.bring(A1, B1, C1)
@@ -271,6 +282,7 @@ def test_a_failed_load_names_its_adapter_and_cause() -> None:
     assert error.ref == A1
     assert error.code == "adapter_unavailable"
     assert str(error) == "adapter a@1: ValueError: rank: expected 1 to 256, got 0"
+    assert (world.cache.stats.loads, world.cache.stats.failures) == (0, 1)
 
 
 def test_a_failed_load_is_not_repeated_at_once_and_not_remembered_for_ever() -> None:
