@@ -22,7 +22,7 @@ import torch
 
 from engine import wire
 from engine.config import EngineConfig
-from engine.engine import Engine, RequestRefused
+from engine.engine import DuplicateRequest, Engine, RequestRefused
 from engine.pages import BrokenBooks
 from engine.request import Event, Request, Timings, TokensEvent, Usage
 from engine.scheduler import ArenaExceeded
@@ -187,6 +187,8 @@ class EngineServer:
             return  # was lost before this was done; nobody waits for it
         engine_id = _engine_id(connection, stream)
         try:
+            if engine_id in self._streams:  # though it may be over: its end is still to be sent
+                raise DuplicateRequest(f"stream: expected a new number, {stream} is still in use")
             self._engine.submit(replace(request, id=engine_id))
         except (RequestRefused, ArenaExceeded) as error:
             usage = Usage(len(request.prompt), 0, len(request.generated))
@@ -263,7 +265,7 @@ async def serve(
 
     `on_busy` is told before each step, and when there is nothing to compute."""
     server = EngineServer(engine, model_name, on_busy)
-    listener = _bind(socket_path)
+    listener, inode = _bind(socket_path)
     try:
         sockets = await asyncio.start_unix_server(server.accept, sock=listener)
         try:
@@ -273,24 +275,28 @@ async def serve(
             sockets.close()
             await server.close()
     finally:
-        _unbind(listener, socket_path)
+        _unbind(listener, socket_path, inode)
         engine.close()
 
 
-def _bind(path: Path) -> socket.socket:
-    """A socket that only our own user can connect to. One left behind by an engine that died is replaced."""
+def _bind(path: Path) -> tuple[socket.socket, int]:
+    """A socket that only our own user can connect to, and the inode of its file. One left behind by an engine
+    that died is replaced.
+    """
     with suppress(FileNotFoundError):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     path.chmod(0o600)  # before it listens, so nobody can have connected yet
-    return listener
+    return listener, path.stat().st_ino
 
 
-def _unbind(listener: socket.socket, path: Path) -> None:
+def _unbind(listener: socket.socket, path: Path, inode: int) -> None:
+    """An engine that took our place has a socket of its own there, which stays."""
     listener.close()
     with suppress(FileNotFoundError):
-        path.unlink()
+        if path.stat().st_ino == inode:
+            path.unlink()
 
 
 def run_engine(

@@ -358,6 +358,28 @@ async def test_a_bad_frame_closes_its_connection_and_no_other(
         assert client.connected
 
 
+async def test_a_gateway_that_uses_a_number_twice_is_refused_and_others_go_on(
+    world: World, start: Start
+) -> None:
+    running = await start()
+    over = ask("a", generated=(7,) * GREEDY.max_tokens)  # its end comes with the next step
+    async with await running.connect() as client:
+        reader, writer = await raw(running.path)
+        writer.write(HELLO + 2 * wire.encode(wire.Submit(1, over)))
+        frames, items = wire.FrameReader(1 << 20), list[wire.Tokens | wire.Finished]()
+        async with asyncio.timeout(20):
+            while len(items) < 2 and (data := await reader.read(1 << 16)):
+                for body in frames.feed(data):
+                    message = wire.decode_from_engine(body)
+                    items += message.items if isinstance(message, wire.Events) else []
+        assert [(i.reason, i.error_code) for i in items if isinstance(i, wire.Finished)] == [
+            ("error", "duplicate_request"),
+            ("length", None),
+        ]
+        writer.close()
+        assert (await read(await client.submit(ask("a"))))[0] == said(world, ask("a"))
+
+
 async def test_a_client_of_another_protocol_version_is_told_and_does_not_retry(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +419,15 @@ async def test_a_gateway_that_does_not_read_is_cut_off_and_others_go_on(world: W
 
 async def test_only_the_own_user_may_connect(start: Start) -> None:
     assert (await start()).path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_an_engine_that_was_replaced_leaves_the_socket_to_its_successor(
+    world: World, start: Start
+) -> None:
+    old, new = await start(), await start()
+    await old.stop()
+    async with await new.connect(timeout=5) as client:
+        assert (await read(await client.submit(ask("a"))))[0] == said(world, ask("a"))
 
 
 # Lost connections
