@@ -85,12 +85,12 @@ class GpuRunner:
         self._arena = arena
         self._slabs = arena[:, : torch.Size(kv_shape).numel()].view(-1, *kv_shape)
         self._row_buckets = row_buckets(max_rows)
-        self._token_buckets = token_buckets(max_tokens)
         rows = self._row_buckets[-1]
+        self._token_buckets = token_buckets(max(max_tokens, rows))  # decode rows are padded to all there are
         self._block_size = block_size
         longest = -(-config.max_position_embeddings // block_size)
         limits = Limits(
-            tokens=max(self._token_buckets[-1], rows),
+            tokens=self._token_buckets[-1],
             rows=rows,
             blocks=min(rows * longest, 4 * arena.shape[0] + rows),
             query_rows=attention.QUERY_ROWS,

@@ -107,6 +107,15 @@ def test_the_likely_shapes_are_those_that_batches_come_in(world: World) -> None:
             sequence.num_computed += length
 
 
+def test_a_step_of_few_tokens_may_hold_prompts_beside_decode_rows(world: World) -> None:
+    driver = Driver(world.loaded, on_gpu=True)
+    runner = GpuRunner(world.loaded, driver.arena, BLOCK, max_tokens=16, max_rows=64)
+    chunks = [driver.chunk(driver.sequence(tokens_of(55, 12)), length) for length in (1, 4)]
+    shape = runner._shape(build_batch(chunks, BLOCK))
+    assert (shape.tokens, shape.singles) == (64, 64)
+    assert shape in set(runner._likely_shapes())
+
+
 def test_likely_shapes_are_listed_once_and_again_when_another_kind_of_adapter_was_seen(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
