@@ -459,6 +459,8 @@ class Engine:
             if chunk.sequence.is_over:
                 continue
             if len(chunks) == 1:
+                if isinstance(error, LogitsNotFinite):
+                    self._scheduler.disown(chunk.sequence)
                 events.append(self._end(chunk.sequence, "error", error=error))
             else:
                 events += self._launch((chunk,))

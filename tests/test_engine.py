@@ -421,8 +421,9 @@ def test_an_error_of_the_device_fails_only_the_rows_that_cause_it(
     assert engine.stats().step["failed_batches"] == 2
 
 
+@pytest.mark.parametrize("tokens_per_step", [512, 16], ids=["at once", "in chunks"])
 def test_logits_that_are_not_finite_end_their_own_request_and_leave_no_kv_behind(
-    model: LoadedModel, build: Build
+    model: LoadedModel, build: Build, tokens_per_step: int
 ) -> None:
     def read(ref: AdapterRef) -> LoraWeights:
         weights = random_adapter(model.config, 1)
@@ -430,7 +431,7 @@ def test_logits_that_are_not_finite_end_their_own_request_and_leave_no_kv_behind
             return LoraWeights(tuple(replace(module, a=module.a * 1e36) for module in weights.modules))
         return weights
 
-    engine = build(read=read)
+    engine = build(read=read, max_tokens_per_step=tokens_per_step)
     broken = replace(MIXED[1], id="broken")
     replies = answer(engine, MIXED[0], broken, MIXED[2])
     assert replies.finished["broken"].error_code == "engine_failure"
