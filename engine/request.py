@@ -12,6 +12,7 @@ AdapterTier = Literal["device", "host", "disk", "none"]
 
 UNKNOWN = -1  # the token being drawn by a step that has been launched
 
+_INT32_MAX = 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -67,8 +68,8 @@ class SamplingParams:
             raise InvalidRequest("temperature", "0 to 100", self.temperature)
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequest("top_p", "above 0, at most 1", self.top_p)
-        if self.top_k < 0:
-            raise InvalidRequest("top_k", "0 (off) or more", self.top_k)
+        if not 0 <= self.top_k <= _INT32_MAX:
+            raise InvalidRequest("top_k", f"0 (off) to {_INT32_MAX}", self.top_k)
         if not 0.0 <= self.min_p <= 1.0:
             raise InvalidRequest("min_p", "0 to 1", self.min_p)
         if not _INT64_MIN <= self.seed <= _INT64_MAX:
