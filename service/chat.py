@@ -74,7 +74,8 @@ class ChatClient:
     async def cancel(self) -> None:
         """Stop the reply that is streaming; its last event still comes."""
         if self._response_id is not None:
-            await self._send({"type": "response.cancel", "response_id": self._response_id})
+            cancel = {"type": "response.cancel", "response_id": self._response_id}
+            await self._send(cancel | {"event_id": uuid.uuid4().hex})
 
     async def refresh(self) -> None:
         await self._send({"type": "adapter.refresh.create", "event_id": uuid.uuid4().hex})
@@ -111,9 +112,16 @@ class ChatClient:
             self._seen = number
             if kind in TERMINAL:
                 self._asked = None
-        elif kind == "error" and (event.get("event_id") == asked["event_id"] or self._response_id is None):
+        elif kind == "error" and self._ends_wait(event, asked):
             self._asked = None
         return True
+
+    def _ends_wait(self, error: Event, asked: Event) -> bool:
+        """Whether no more of the reply will come: it was refused, or is lost. An answer to anything else that
+        was asked meanwhile names that by its event_id."""
+        answers = error.get("event_id")
+        lost = answers is None and error.get("response_id") == self._response_id
+        return lost or answers == asked["event_id"] or self._response_id is None
 
     async def _send(self, message: Event) -> None:
         assert self._socket is not None

@@ -95,6 +95,49 @@ async def test_an_error_ends_the_wait_for_a_reply() -> None:
         assert not client.replying
 
 
+@pytest.mark.parametrize("taken_up", [False, True])
+async def test_a_reply_that_is_lost_after_its_first_word_ends_the_wait(taken_up: bool) -> None:
+    lost = {"type": "error", "code": "resume_expired", "event_id": None, "response_id": "resp_1"}
+
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        if message["type"] == "response.create":
+            for event in reply_events("one two")[:2]:
+                await socket.send(json.dumps(event))
+            if taken_up:
+                await socket.close(1012)
+                return
+        await socket.send(json.dumps(lost))
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("count")
+        async with asyncio.timeout(5):
+            assert [e["type"] async for e in client.reply()][-1] == "error"
+        assert not client.replying
+
+
+async def test_a_stop_that_is_refused_leaves_the_reply_going_on() -> None:
+    events = reply_events("one two")
+
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        if message["type"] == "response.create":
+            for event in events[:2]:
+                await socket.send(json.dumps(event))
+            return
+        about = {name: message.get(name) for name in ("event_id", "response_id")}
+        await socket.send(json.dumps({"type": "error", "code": "written_elsewhere", **about}))
+        for event in events[2:]:
+            await socket.send(json.dumps(event))
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("count")
+        kinds = []
+        async for event in client.reply():
+            kinds.append(event["type"])
+            if kinds == ["response.created", "response.output_text.delta"]:
+                await client.cancel()
+        assert kinds[2:] == ["error", "response.output_text.delta", "response.completed"]
+
+
 async def test_the_terminal_names_the_version_that_answers_and_takes_commands() -> None:
     asked: list[dict[str, Any]] = []
 
