@@ -77,6 +77,7 @@ class Writing:
         self._stops = StopText(reply.plan.stop)
         self._unlogged: tuple[int, ...] = ()  # tokens that no event has carried yet
         self._ready = ""  # text that no event has carried yet
+        self._ahead = 0  # characters that the log has already of what is still held back
         response = reply.response
         if response is not None:
             self.version = int(response.metadata["adapter_version"])
@@ -84,7 +85,9 @@ class Writing:
         logged = reply.tokens
         if logged:
             self.tokens.extend(logged)
-            self._ready = self._stops.push(decoder.push(logged))[len(self.text) :]
+            said = self._stops.push(decoder.push(logged))
+            self._ready = said[len(self.text) :]
+            self._ahead = max(0, len(self.text) - len(said))
 
     @property
     def stopped(self) -> bool:
@@ -104,7 +107,7 @@ class Writing:
         """New tokens. `take` gives what they add to the text."""
         self.tokens.extend(token_ids)
         self._unlogged += tuple(token_ids)
-        self._ready += self._stops.push(self._decoder.push(token_ids))
+        self._say(self._stops.push(self._decoder.push(token_ids)))
 
     def take(self) -> tuple[list[AnyReplyEvent], tuple[int, ...]]:
         """The events of what was heard since the last time, and the tokens they carry. No text, no events:
@@ -125,7 +128,11 @@ class Writing:
     def finish(self) -> None:
         """No more tokens: what was held back, half a character or a possible stop string, is text after
         all."""
-        self._ready += self._stops.push(self._decoder.finish()) + self._stops.flush()
+        self._say(self._stops.push(self._decoder.finish()) + self._stops.flush())
+
+    def _say(self, text: str) -> None:
+        self._ready += text[self._ahead :]
+        self._ahead = max(0, self._ahead - len(text))
 
     def closing(
         self, ending: Ending, usage: Usage | None, numbers: dict[str, str], completed_at: float

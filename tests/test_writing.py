@@ -115,6 +115,21 @@ def test_a_log_that_broke_off_anywhere_goes_on_to_the_same_text(
     assert rest.stopped is writing.stopped
 
 
+@pytest.mark.parametrize(("said", "stop"), [("one ST", ("STOP",)), ("one 🙂", ())])
+def test_a_log_that_broke_off_before_its_closing_events_says_nothing_twice(
+    renderer: Renderer, said: str, stop: tuple[str, ...]
+) -> None:
+    first = Reply(plan(stop))
+    ids = tokens(renderer, said)[: None if stop else -1]  # without a stop: half a character at the end
+    writing = heard(first, renderer, [ids])
+    writing.finish()
+    log(first, writing)
+    rest = heard(Reply(plan(stop), first.entries), renderer, [])
+    rest.finish()
+    assert rest.take() == ([], ())
+    assert rest.text == writing.text
+
+
 def test_ours_wins_over_the_clients_metadata(renderer: Renderer) -> None:
     response = Writing(Reply(plan()), renderer.stream_decoder()).picture("in_progress")
     assert response.metadata["mine"] == "yes"
