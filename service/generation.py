@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -64,6 +64,8 @@ class Generation:
         self._first_at: float | None = None
         self._last_at: float | None = None
         self._heard = 0
+        self._stream: Stream | None = None
+        self._is_cut = False
 
     async def events(self) -> AsyncGenerator[TokensEvent | FellBack | FinishedEvent, None]:
         """What the engine says of this reply, its deaths left out. The last event is a FinishedEvent."""
@@ -78,6 +80,13 @@ class Generation:
             try:
                 async with contextlib.aclosing(self._attempt()) as events:
                     async for event in events:
+                        if self._is_cut:
+                            if isinstance(event, FinishedEvent):
+                                yield self._as_cut(event)
+                                return
+                            continue
+                        if isinstance(event, TokensEvent):
+                            self._note(len(event.token_ids))
                         if not self._bad_adapter(event):
                             yield event
                         if isinstance(event, FinishedEvent):
@@ -86,11 +95,21 @@ class Generation:
                     return
                 yield await self._fall_back()
             except EngineLost:
+                if self._is_cut:
+                    yield self.stopped_here()
+                    return
                 log.warning("the engine was lost during a reply", response_id=self._reply.id)
                 self._metrics.resubmitted.inc()
 
+    async def cut(self) -> None:
+        """At a stop string, which the engine knows nothing of: no more tokens; the end tells its numbers."""
+        assert self._stream is not None
+        self._is_cut = True
+        with contextlib.suppress(EngineLost):
+            await self._stream.cancel()
+
     def stopped_here(self) -> FinishedEvent:
-        """The end of a reply that was cut at a stop string, which the engine knows nothing of."""
+        """The end of a reply whose stop string was there already, or whose engine cannot tell any more."""
         return self._ended("stop")
 
     def numbers(self, finished: FinishedEvent) -> dict[str, str]:
@@ -109,14 +128,12 @@ class Generation:
 
     async def _attempt(self) -> AsyncGenerator[TokensEvent | FinishedEvent, None]:
         """One submission. Asking the reply to stop, or no longer listening, cancels it in the engine."""
-        stream = await self._engine.submit(self._request())
+        stream = self._stream = await self._engine.submit(self._request())
         stopping = asyncio.create_task(self._stop_when_asked(stream))
         finished = False
         try:
             async for event in stream:
                 finished = isinstance(event, FinishedEvent)
-                if isinstance(event, TokensEvent):
-                    self._note(len(event.token_ids))
                 yield event
         finally:
             stopping.cancel()
@@ -175,6 +192,11 @@ class Generation:
             error_code=ENGINE_UNAVAILABLE,
             message=f"the engine did not come back within {self._patience_s:.0f} s",
         )
+
+    def _as_cut(self, event: FinishedEvent) -> FinishedEvent:
+        """The engine's end without what it wrote after the stop string."""
+        usage = replace(event.usage, completion_tokens=len(self._writing.tokens))
+        return replace(event, reason="stop", usage=usage, error_code=None, message=None)
 
     def _ended(self, reason: FinishReason) -> FinishedEvent:
         return FinishedEvent(request_id=self._reply.id, reason=reason, usage=self._usage())

@@ -240,9 +240,8 @@ class Session:
                     else:
                         writing.hear(event.token_ids)
                         pen.touch()
-                    if writing.stopped:
-                        finished = generation.stopped_here()
-                        break
+                        if writing.stopped:
+                            await generation.cut()
             await pen.lift()
         return finished
 
