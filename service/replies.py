@@ -131,8 +131,7 @@ class Replies:
     async def delete(self, user: str, reply_id: str) -> None:
         """Forget a finished reply's log; one being written is stopped first. The history keeps its turns."""
         reply = await self.cancel(user, reply_id)
-        if not reply.done:
-            await reply.finished()
+        await self._ended(reply)
         self._drop(reply)
         await self._finish(reply, ttl_s=0.001)
 
@@ -141,8 +140,14 @@ class Replies:
         for reply in [reply for reply in self._replies.values() if reply.plan.user == user]:
             reply.cancel("cancelled")
             if reply.running:
-                await reply.finished()
+                await self._ended(reply)
             self._drop(reply)
+
+    async def _ended(self, reply: Reply) -> None:
+        """Wait for the end of a reply's task, which still saves and asks for things after the last event."""
+        task = self._tasks.get(reply.id)
+        if task is not None:
+            await asyncio.wait({task})
 
     def acknowledge(self, reply: Reply, number: int) -> None:
         """The client has everything up to `number`; once that is everything, memory need not keep it."""
@@ -346,8 +351,6 @@ class Replies:
             return
         if reply.done or reply.lost:
             after, act = self.patience.keep, self._drop
-        elif reply.plan.background and reply.running:
-            return
         else:
             after, act = self.patience.orphan, self._abandon
         self._timers[reply.id] = asyncio.get_running_loop().call_later(after, act, reply)
@@ -355,10 +358,10 @@ class Replies:
     def _abandon(self, reply: Reply) -> None:
         if reply.listeners:
             return
-        if reply.running:
-            reply.cancel("disconnected")
-        else:
+        if not reply.running:
             self._drop(reply)
+        elif not reply.plan.background:
+            reply.cancel("disconnected")
 
     def _drop(self, reply: Reply) -> None:
         if self._replies.get(reply.id) is reply:
@@ -369,6 +372,7 @@ class Replies:
         task = self._tasks.get(reply.id)
         if task is not None and task is not asyncio.current_task() and not reply.done:
             task.cancel()
+            reply.lose(_gone(reply.id))
 
 
 def _gone(reply_id: str) -> NotFound:

@@ -1,6 +1,7 @@
 """Our own endpoints: coming in, the adapter, history in and out, what was learned; health, metrics, the
 page."""
 
+import asyncio
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,8 +11,14 @@ import httpx2
 import pytest
 
 from personalization.history import Turn
+from personalization.store import Standing
+from personalization.when import When
+from service.errors import NotFound
+from service.input import said_in_response
 from service.limits import Limits
 from service.page import NOT_BUILT, page_app
+from service.protocol import CreateResponse
+from service.session import SessionOptions
 from tests.tiny_service import Running, TinyService
 
 pytest_plugins = ("tests.service_fixtures",)
@@ -170,6 +177,38 @@ async def test_forgetting_stops_what_is_written_and_leaves_nothing_behind(servic
         assert again.metadata is not None
         assert again.metadata["history_saved"] == "true"
         assert len(await service.store.turns("ann")) == 2
+
+
+async def test_whoever_waits_for_a_reply_that_was_forgotten_before_its_first_word_is_told(
+    service: TinyService,
+) -> None:
+    async with service.gateway() as gateway:
+        asked = CreateResponse(input="hello")
+        reply = await gateway.gateway.session.answer("ann", asked, said_in_response(asked), None)
+        await gateway.gateway.replies.stop_all("ann")
+        with pytest.raises(NotFound):
+            await asyncio.wait_for(reply.finished(), 5)
+
+
+async def test_nothing_is_asked_for_a_forgotten_person_by_a_reply_that_was_just_ending(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standing = service.store.standing
+
+    async def slow(user: str) -> Standing:
+        found = await standing(user)
+        await asyncio.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(service.store, "standing", slow)
+    eager = When(minimum_turns=1, after_turns=1, worth_at_once=0.001)
+    session = SessionOptions(max_output_tokens=2, when=eager)
+    async with service.gateway(session=session) as gateway, web(gateway) as client:
+        await gateway.client("ann").responses.create(model="me", input="hello")
+        await client.delete("/attune/me")
+        asked = list(gateway.calls.refreshes)
+        await asyncio.sleep(0.5)
+        assert gateway.calls.refreshes == asked
 
 
 async def test_a_demo_person_gets_a_token_only_where_that_is_enabled(service: TinyService) -> None:

@@ -20,7 +20,7 @@ from personalization.store import Store, connect
 from personalization.when import When
 from service.session import NOT_SAVED, SessionOptions
 from tests.redis_fixture import SECRET, RedisServer
-from tests.tiny_service import TOKEN_KEY, Running, TinyService
+from tests.tiny_service import FAST, TOKEN_KEY, Running, TinyService
 
 pytest_plugins = ("tests.service_fixtures",)
 
@@ -174,6 +174,18 @@ async def test_a_gateway_that_stops_cleanly_hands_its_reply_over(service: TinySe
         stream = await two.client("ann").responses.retrieve(begun.id, stream=True)
         last: Any = [event async for event in stream][-1]
         assert last.response.output_text == expected
+
+
+async def test_a_background_reply_that_was_taken_over_is_written_to_its_end(service: TinyService) -> None:
+    expected = await alone(service, "hello")
+    async with service.gateway() as one:
+        await one.client("ann").responses.create(
+            model="base", input="hello", background=True, max_output_tokens=LONG, extra_body={"seed": 1}
+        )
+    async with service.gateway(patience=replace(FAST, orphan=0.05)) as two:
+        await asyncio.sleep(0.1)  # the lease that was let go runs out
+        assert await two.gateway.replies.adopt_orphans() == 1
+        assert [turn.text for turn in await saved(service, 2)] == ["hello", expected]
 
 
 # ---------------------------------------------------------------- the engine

@@ -8,8 +8,9 @@ import openai
 import pytest
 
 from personalization.history import Turn
+from personalization.store import Standing
 from service.limits import Limits
-from tests.tiny_service import TinyService
+from tests.tiny_service import FAST, TinyService
 
 pytest_plugins = ("tests.service_fixtures",)
 
@@ -182,6 +183,23 @@ async def test_a_stop_string_cuts_the_text_and_completes(service: TinyService) -
         assert cut.output_text == whole.output_text[: whole.output_text.index(stop)]
 
 
+async def test_a_reply_that_a_stop_string_cut_tells_the_numbers_of_the_engine(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        await service.give_adapter("ann", 1)
+        client = gateway.client("ann")
+        said = "a message of more than one block of tokens"
+        ask: Any = {"model": "me", "input": said, "store": False}
+        whole = await client.responses.create(**ask, extra_body={"seed": 3})
+        stop = whole.output_text[10:13]
+        cut = await client.responses.create(**ask, extra_body={"seed": 3, "stop": stop})
+        assert cut.output_text == whole.output_text[: whole.output_text.index(stop)]
+        assert cut.metadata is not None
+        assert cut.metadata["adapter_tier"] == "device"
+        assert cut.usage is not None
+        assert cut.usage.input_tokens_details.cached_tokens > 0
+        assert len(cut.output_text) < cut.usage.output_tokens <= 24
+
+
 async def test_a_chat_completion_has_openais_shape(service: TinyService) -> None:
     async with service.gateway() as gateway:
         completion = await gateway.client("ann").chat.completions.create(
@@ -277,6 +295,29 @@ async def test_a_deleted_response_is_gone_and_its_turns_are_not(service: TinySer
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(response.id)
         assert len(await service.store.turns("ann")) == 2
+
+
+async def test_a_response_is_deleted_after_everything_its_writing_still_does(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standing, finish, kept = service.store.standing, service.store.finish_response, []
+
+    async def slow(user: str) -> Standing:
+        await asyncio.sleep(0.2)
+        return await standing(user)
+
+    async def noted(*about: Any, ttl_s: float, **more: Any) -> None:
+        kept.append(ttl_s)
+        await finish(*about, ttl_s=ttl_s, **more)
+
+    monkeypatch.setattr(service.store, "standing", slow)
+    monkeypatch.setattr(service.store, "finish_response", noted)
+    async with service.gateway() as gateway:
+        client = gateway.client("ann")
+        response = await client.responses.create(model="me", input="hello")
+        await client.responses.delete(response.id)
+        await asyncio.sleep(0.4)
+        assert kept == [FAST.ttl, min(kept)]
 
 
 async def test_another_persons_response_is_not_found(service: TinyService) -> None:
