@@ -75,7 +75,9 @@ class Replies:
     def room(self, user: str) -> Iterator[None]:
         """Holds a person's place for one more reply while it is begun. Raises RateLimited: they have as many
         as they may at once."""
-        under_way = sum(reply.plan.user == user and not reply.done for reply in self._replies.values())
+        under_way = sum(
+            reply.plan.user == user and not (reply.done or reply.lost) for reply in self._replies.values()
+        )
         if under_way + self._asking[user] >= self.per_user:
             raise RateLimited(f"at most {self.per_user} replies at once", retry_after=2)
         self._asking[user] += 1
@@ -132,8 +134,9 @@ class Replies:
         """Forget a finished reply's log; one being written is stopped first. The history keeps its turns."""
         reply = await self.cancel(user, reply_id)
         await self._ended(reply)
+        with contextlib.suppress(UnknownResponse):
+            await self._tell_end(reply, ttl_s=0.001)
         self._drop(reply)
-        await self._finish(reply, ttl_s=0.001)
 
     async def stop_all(self, user: str) -> None:
         """Stop everything that is being written for a person here, and wait until it has stopped."""
@@ -168,7 +171,9 @@ class Replies:
                 )
                 read = await self.store.read_response_events(reply_id)
                 if record is not None and reply_id not in self._replies:
-                    self._take_up(record, read)
+                    reply = self._take_up(record, read)
+                    if reply.done:  # its gateway died before it could say so
+                        await self._finish(reply)
                     adopted += 1
         return adopted
 
@@ -248,21 +253,24 @@ class Replies:
             self.metrics.running.dec()
             reply.running = False
 
-    async def _finish(self, reply: Reply, ttl_s: float | None = None) -> None:
+    async def _finish(self, reply: Reply) -> None:
         """Tell the store that it is over. Should that fail, the next reader sees it by the last event."""
+        with contextlib.suppress(StoreUnavailable, UnknownResponse):
+            await self._tell_end(reply, ttl_s=self.patience.ttl)
+
+    async def _tell_end(self, reply: Reply, *, ttl_s: float) -> None:
         response = reply.response
         if response is None or reply.stored is None:
             return
-        with contextlib.suppress(StoreUnavailable, UnknownResponse):
-            await self.health.ask(
-                lambda: self.store.finish_response(
-                    reply.id,
-                    response.status,
-                    msgspec.msgpack.encode(reply.plan),
-                    holder=self.holder,
-                    ttl_s=self.patience.ttl if ttl_s is None else ttl_s,
-                )
+        await self.health.ask(
+            lambda: self.store.finish_response(
+                reply.id,
+                response.status,
+                msgspec.msgpack.encode(reply.plan),
+                holder=self.holder,
+                ttl_s=ttl_s,
             )
+        )
 
     async def _claim(self, reply: Reply) -> bool:
         """Whether the reply is ours to write. One that began here stays ours while the store is away."""

@@ -212,7 +212,11 @@ class Session:
             finished = generation.stopped_here()
             ending = Ending.failed(getattr(error, "code", "server_error"), "the engine refused this reply")
         if plan.save and ending.status != "failed" and writing.text.strip():
-            writing.history_saved = await self._save(plan.user, self._reply_turn(writing), plan.epoch)
+            try:
+                writing.history_saved = await self._save(plan.user, self._reply_turn(writing), plan.epoch)
+            except InvalidTurn as error:  # longer than a turn may be
+                log.warning("a reply cannot be saved", response_id=reply.id, reason=str(error))
+                writing.history_saved = False
             if not writing.history_saved and NOT_SAVED not in writing.notices:
                 writing.notices.append(NOT_SAVED)
         numbers = generation.numbers(finished)

@@ -188,6 +188,25 @@ async def test_a_background_reply_that_was_taken_over_is_written_to_its_end(serv
         assert [turn.text for turn in await saved(service, 2)] == ["hello", expected]
 
 
+async def test_a_reply_whose_gateway_died_after_its_last_word_is_taken_over_once(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*about: Any, **more: Any) -> None:
+        await asyncio.Event().wait()
+
+    async with service.gateway() as one:
+        with monkeypatch.context() as patched:
+            patched.setattr(service.store, "finish_response", never)
+            reply = await one.client("ann").responses.create(model="base", input="hello", max_output_tokens=2)
+            one.gateway.replies._tasks[reply.id].cancel()
+            await asyncio.sleep(1.2)  # its lease
+    async with service.gateway(patience=replace(FAST, keep=0.1)) as two:
+        assert await two.gateway.replies.adopt_orphans() == 1
+        await asyncio.sleep(1.5)
+        assert await service.store.orphans() == []
+        assert (await service.store.response("ann", reply.id)).state == "incomplete"
+
+
 # ---------------------------------------------------------------- the engine
 
 
@@ -299,6 +318,24 @@ async def test_a_short_absence_of_redis_in_a_reply_loses_nothing(
         assert [turn.text for turn in await own_store.turns("ann")] == ["hello", text]
         stored = await own_store.read_response_events(seen[0].response.id)
         assert [number for number, _ in stored] == list(range(len(seen)))
+    await own_store.close()
+
+
+async def test_a_response_is_not_said_to_be_deleted_while_redis_is_away(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    async with service.gateway(store=own_store, store_patience_s=0.2) as gateway:
+        client = gateway.client("ann")
+        reply = await client.responses.create(model="me", input="hello", max_output_tokens=2)
+        redis_server.kill()
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.responses.delete(reply.id)
+        assert caught.value.code == "store_unavailable"
+        redis_server.start()
+        assert await gateway.gateway.health.back(10)
+        await client.responses.delete(reply.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(reply.id)
     await own_store.close()
 
 

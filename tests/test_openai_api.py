@@ -1,6 +1,7 @@
 """The official SDK against the whole gateway over HTTP: responses, chat completions, models."""
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from personalization.history import Turn
 from personalization.store import Standing
 from service.limits import Limits
+from service.session import NOT_SAVED
 from tests.tiny_service import FAST, TinyService
 
 pytest_plugins = ("tests.service_fixtures",)
@@ -198,6 +200,18 @@ async def test_a_reply_that_a_stop_string_cut_tells_the_numbers_of_the_engine(se
         assert cut.usage is not None
         assert cut.usage.input_tokens_details.cached_tokens > 0
         assert len(cut.output_text) < cut.usage.output_tokens <= 24
+
+
+async def test_a_reply_longer_than_a_turn_is_shown_whole_and_told_not_to_be_saved(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personalization.history.MAX_TEXT_CHARS", 10)
+    async with service.gateway() as gateway:
+        reply = await gateway.client("ann").responses.create(model="me", input="hello")
+        assert (reply.status, len(reply.output_text)) == ("incomplete", 24)
+        assert reply.metadata is not None
+        assert (reply.metadata["history_saved"], reply.metadata["notice"]) == ("false", NOT_SAVED)
+        assert [turn.text for turn in await service.store.turns("ann")] == ["hello"]
 
 
 async def test_a_chat_completion_has_openais_shape(service: TinyService) -> None:
@@ -437,3 +451,16 @@ async def test_a_person_has_so_many_replies_at_once_and_no_more(service: TinySer
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert sum(isinstance(each, openai.RateLimitError) for each in answers) == 3
         await gateway.client("ben").responses.create(model="me", input="x", max_output_tokens=1)
+
+
+async def test_a_reply_that_was_lost_takes_nobodys_place(service: TinyService) -> None:
+    limits, patience = Limits(replies_per_user=1), replace(FAST, keep=60.0)
+    async with service.gateway(limits=limits, patience=patience) as gateway:
+        client = gateway.client("ann")
+        stream = await client.responses.create(model="me", input="hello", stream=True, max_output_tokens=500)
+        assert (await anext(stream)).type == "response.created"
+        await service.store.forget("ann")
+        with pytest.raises(openai.APIError, match="no longer kept"):
+            [event async for event in stream]
+        again = await client.responses.create(model="me", input="hello", max_output_tokens=2)
+        assert len(again.output_text) == 2
