@@ -35,6 +35,7 @@ class Outbox:
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        self._taken = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -59,11 +60,15 @@ class Outbox:
         self._size -= _size(event)
         if len(self._waiting) <= self._merge_above // 2:
             self._room.set()
+        self._taken.set()
         return event
 
-    async def room(self) -> None:
-        """Returns when a replay may put more; live events do not wait for it."""
+    async def room(self, event: Any) -> None:
+        """Returns when few events wait and `event` fits beside them; live text does not wait for it."""
         await self._room.wait()
+        while self._waiting and self._size + _size(event) > self._max_bytes:
+            self._taken.clear()
+            await self._taken.wait()
 
     def _merge_last(self, event: Any) -> None:
         """Merge `event`, just appended, into the last earlier event of its reply when both are text."""

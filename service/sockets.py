@@ -23,6 +23,7 @@ from service.events import (
     Pong,
     SessionCreated,
     SessionExpiring,
+    TextDelta,
     error_event,
 )
 from service.http import as_api_error
@@ -335,13 +336,14 @@ class Socket:
             log.error("a reply could not be forwarded", response_id=reply_id, exc_info=task.exception())
 
     async def _forward(self, reply: Reply, after: int, stream_id: str | None) -> None:
-        """Events that are there already wait for room in the outbox; live ones do not wait for anyone."""
+        """Events that are there already wait for room in the outbox, and so do those that repeat the whole
+        reply; live text does not wait for anyone."""
         live_from = len(reply.entries)
         try:
             async with contextlib.aclosing(reply.events(after)) as events:
                 async for event in events:
-                    if event.sequence_number < live_from:
-                        await self._outbox.room()
+                    if event.sequence_number < live_from or not isinstance(event, TextDelta):
+                        await self._outbox.room(event)
                     self._put(event if stream_id is None else replace(event, stream_id=stream_id))
         except ApiError as error:
             self._put(error_event(error, response_id=reply.id, stream_id=stream_id))

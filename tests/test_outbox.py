@@ -74,12 +74,24 @@ async def test_a_replay_waits_for_room() -> None:
     outbox = Outbox(merge_above=4)
     for number in range(6):
         outbox.put(Pong(id=number))
-    waiting = asyncio.create_task(outbox.room())
+    waiting = asyncio.create_task(outbox.room(Pong(id=6)))
     await asyncio.sleep(0)
     assert not waiting.done()
     for _ in range(4):
         await outbox.get()
     await asyncio.wait_for(waiting, 1)
+
+
+async def test_what_would_be_too_many_bytes_waits_until_it_is_not() -> None:
+    outbox = Outbox(max_bytes=2_000)
+    outbox.put(delta(0, "z" * 1_500))
+    outbox.put(Pong(id=1))
+    waiting = asyncio.create_task(outbox.room(delta(1, "z" * 1_500)))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await outbox.get()
+    await asyncio.wait_for(waiting, 1)
+    outbox.put(delta(1, "z" * 1_500))
 
 
 async def test_get_waits_for_the_next_event() -> None:

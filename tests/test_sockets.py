@@ -8,13 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 import websockets
+from msgspec import structs
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
 from service.limits import Limits
+from service.reply import Reply
 from service.sockets import SocketOptions
+from service.writing import Ending, Writing
 from tests.tiny_service import FAST, Running, TinyService
 
 pytest_plugins = ("tests.service_fixtures",)
@@ -330,6 +334,33 @@ async def test_a_reply_that_nobody_listens_to_ends_and_is_kept(service: TinyServ
         assert ended.incomplete_details is not None
         assert (ended.status, ended.incomplete_details.reason) == ("incomplete", "disconnected")
         assert (await service.store.turns("ann"))[-1].text == ended.output_text
+
+
+async def test_a_reply_of_much_text_reaches_a_client_that_reads(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="x", max_output_tokens=2)
+        short = (await until(connection, *ENDS))[-1]["response_id"]
+        plan = (await gateway.gateway.replies.find("ann", short)).plan
+        reply = Reply(structs.replace(plan, id="resp_long"))
+        record: Any = {"holder": "another gateway", "ttl_s": 60.0}
+        body = msgspec.msgpack.encode(reply.plan)
+        await service.store.create_response("ann", reply.id, body, lease_s=60.0, **record)
+
+        async def write(events: list[Any]) -> None:
+            entries, first = reply.number(events, ()), len(reply.entries)
+            reply.feed(entries)
+            stored = [entry.stored() for entry in entries]
+            await service.store.append_response_events(reply.id, first, stored, **record)
+
+        writing = Writing(reply, service.model.renderer().stream_decoder())
+        await write(writing.opening())
+        await send(connection, type="response.resume", response_id=reply.id)
+        await until(connection, "response.content_part.added")
+        writing.text = "é" * 60_000
+        await write(writing.closing(Ending("completed"), None, {}, 1.0))
+        assert (await until(connection, *ENDS))[-1]["type"] == "response.completed"
+        await send(connection, type="response.resume", response_id=reply.id)
+        assert len(await until(connection, *ENDS)) == len(reply.entries)
 
 
 async def test_an_acknowledged_reply_leaves_memory_and_can_still_be_read(service: TinyService) -> None:
