@@ -77,7 +77,7 @@ class StoreHealth:
         while True:
             try:
                 await self._store.ping()
-            except StoreUnavailable:
+            except Exception:  # whatever it says, such as that a script keeps it busy: it is not back
                 await asyncio.sleep(self._every_s)
             else:
                 log.info("the store is back")

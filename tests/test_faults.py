@@ -14,11 +14,15 @@ from typing import Any
 import openai
 import pytest
 import websockets
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from personalization.history import Turn
 from personalization.store import Store, connect
 from personalization.when import When
+from service.metrics import Metrics
 from service.session import NOT_SAVED, SessionOptions
+from service.store_health import StoreHealth
 from tests.redis_fixture import SECRET, RedisServer
 from tests.tiny_service import FAST, TOKEN_KEY, Running, TinyService
 
@@ -336,6 +340,25 @@ async def test_a_response_is_not_said_to_be_deleted_while_redis_is_away(
         await client.responses.delete(reply.id)
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(reply.id)
+    await own_store.close()
+
+
+async def test_a_redis_that_a_script_kept_busy_is_found_again(
+    own_store: Store, redis_server: RedisServer
+) -> None:
+    health = StoreHealth(own_store, Metrics(), every_s=0.05)
+    async with Redis.from_url(redis_server.url) as one, Redis.from_url(redis_server.url) as two:
+        await one.config_set("lua-time-limit", 100)
+        endless = asyncio.ensure_future(one.eval("while true do end", 0))
+        await asyncio.sleep(0.2)
+        health.failed()
+        await asyncio.sleep(0.3)  # meanwhile it answers that it is busy
+        assert health.away
+        await two.script_kill()
+        assert await health.back(5)
+        with pytest.raises(ResponseError):
+            await endless
+    await health.close()
     await own_store.close()
 
 
