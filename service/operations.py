@@ -144,8 +144,12 @@ async def refresh(
                 await asyncio.wait({news}, timeout=LOOK_EVERY_S)
                 if news.done():
                     event = news.result()
-                    if event.get("user") in jobs and "state" in event:
-                        take(event["user"], event)
+                    user = event.get("user")
+                    if user in jobs and event.get("type") == "adapter.forgotten":  # and so is the job
+                        end = {"state": "failed", "message": "forgotten meanwhile"}
+                        take(user, {"job_id": jobs[user], **end})
+                    elif user in jobs and "state" in event:
+                        take(user, event)
                     news = asyncio.ensure_future(anext(events))
                 if time.monotonic() - looked > LOOK_EVERY_S:
                     looked = time.monotonic()

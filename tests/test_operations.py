@@ -97,6 +97,23 @@ async def test_news_of_an_earlier_job_does_not_end_the_wait(store: Store) -> Non
             await operations.refresh(store, ["ada"], enqueue, wait=True, on_progress=silent)
 
 
+async def test_a_person_who_is_forgotten_meanwhile_is_not_waited_for(store: Store) -> None:
+    async def enqueue(user: str) -> dict[str, str]:
+        return {"job_id": f"job-{user}"}
+
+    async def work() -> None:
+        await asyncio.sleep(0.1)
+        await store.forget("ada")
+        await store.publish_progress("bob", {"job_id": "job-bob", "state": "completed"})
+
+    async with asyncio.timeout(5):
+        working = asyncio.create_task(work())
+        done = await operations.refresh(store, ["ada", "bob"], enqueue, wait=True, on_progress=silent)
+        await working
+    assert [(one.user, one.state) for one in done] == [("ada", "failed"), ("bob", "completed")]
+    assert done[0].reason == "forgotten meanwhile"
+
+
 async def test_without_waiting_the_job_is_named(store: Store) -> None:
     async def enqueue(user: str) -> dict[str, str]:
         return {"job_id": "job-1"}
