@@ -77,7 +77,8 @@ class Outbox:
         for index in range(len(self._waiting) - 2, -1, -1):
             earlier = self._waiting[index]
             if isinstance(earlier, ReplyEvent) and earlier.response_id == event.response_id:
-                if isinstance(earlier, TextDelta):
+                # What a resume sends anew begins before what waits already.
+                if isinstance(earlier, TextDelta) and earlier.sequence_number < event.sequence_number:
                     self._waiting.pop()
                     self._waiting[index] = replace(event, delta=earlier.delta + event.delta)
                     self._size -= _size(earlier) + _size(event) - _size(self._waiting[index])

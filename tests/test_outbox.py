@@ -46,6 +46,15 @@ async def test_replies_merge_each_with_itself_and_never_across_another_event_of_
     assert len(outbox) == 2
 
 
+async def test_text_sent_anew_is_not_merged_into_what_came_after_it() -> None:
+    outbox = Outbox(merge_above=2)
+    for number, text in enumerate("abcd"):
+        outbox.put(delta(number, text))
+    for number, text in enumerate("abcd"):  # a resume from the beginning
+        outbox.put(delta(number, text))
+    assert await drain(outbox) == [delta(0, "a"), delta(3, "bcd"), delta(3, "abcd")]
+
+
 async def test_a_reader_that_never_comes_fills_it() -> None:
     outbox = Outbox(max_events=3, merge_above=10)
     for number in range(3):
