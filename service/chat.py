@@ -183,6 +183,7 @@ class Terminal:
         self._client = client
         self._lines = lines
         self._write = write
+        self._announced: str | None = None  # the newest refresh that was said to begin
 
     async def run(self) -> None:
         """Read and answer lines until there are no more."""
@@ -223,6 +224,10 @@ class Terminal:
 
     def _show(self, event: Event) -> None:
         kind = event.get("type", "")
+        if kind == "adapter.refresh.queued":  # comes as an answer, and to all sockets of a person
+            announced, self._announced = self._announced, event.get("job_id")
+            if announced == self._announced is not None:
+                return
         if kind == "response.created":
             self._write(f"{who(event['response'])}> ")
         elif kind == "response.output_text.delta":

@@ -165,6 +165,23 @@ async def test_the_terminal_names_the_version_that_answers_and_takes_commands() 
     assert [m["type"] for m in asked] == ["response.create", "response.create", "adapter.refresh.create"]
 
 
+async def test_the_terminal_says_once_that_a_refresh_began() -> None:
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        queued = {"type": "adapter.refresh.queued", "job_id": "j", "state": "queued"}
+        await socket.send(json.dumps(queued | {"asked_by": "asked", "progress": 0.0}))  # to all sockets
+        await socket.send(json.dumps(queued | {"event_id": message["event_id"]}))  # the answer
+
+    async def lines() -> AsyncIterator[str]:
+        yield "/refresh\n"
+        await asyncio.sleep(0.2)
+        yield "/quit\n"
+
+    written: list[str] = []
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await Terminal(client, lines(), written.append).run()
+    assert "".join(written).count("learning from what you wrote") == 1
+
+
 def test_only_what_a_person_wants_to_know_becomes_a_notice() -> None:
     assert notice_of({"type": "adapter.refresh.progress", "progress": 0.5}) is None
     assert "boom" in str(notice_of({"type": "adapter.refresh.failed", "message": "boom"}))
