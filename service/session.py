@@ -102,10 +102,11 @@ class Session:
         if begun is not None:
             return begun
         with self.replies.room(user):
-            plan = await self._plan(user, asked, said, conversation, name, stored_turns=stored_turns)
             try:
+                plan = await self._plan(user, asked, said, conversation, name, stored_turns=stored_turns)
                 return await self.replies.start(plan)
             except HistoryForgotten:
+                self.forget(user)  # what was recalled before that
                 raise Conflict("your history was forgotten while this was being asked") from None
 
     async def _plan(

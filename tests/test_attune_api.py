@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 from personalization.history import Turn
@@ -209,6 +210,31 @@ async def test_nothing_is_asked_for_a_forgotten_person_by_a_reply_that_was_just_
         asked = list(gateway.calls.refreshes)
         await asyncio.sleep(0.5)
         assert gateway.calls.refreshes == asked
+
+
+async def test_a_message_that_a_forget_overtakes_leaves_nothing_in_memory(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recent, read, forgotten = service.store.recent, asyncio.Event(), asyncio.Event()
+
+    async def slow(user: str, limit: int) -> list[Turn]:
+        turns = await recent(user, limit)
+        read.set()
+        await forgotten.wait()
+        return turns
+
+    async with service.gateway() as gateway, web(gateway) as client:
+        sdk = gateway.client("ann")
+        await sdk.responses.create(model="me", input="my secret", max_output_tokens=2)
+        monkeypatch.setattr(service.store, "recent", slow)
+        asking = asyncio.ensure_future(sdk.responses.create(model="me", input="hello"))
+        await asyncio.wait_for(read.wait(), 5)
+        await client.delete("/attune/me")
+        await asyncio.sleep(0.1)  # the news of it
+        forgotten.set()
+        with pytest.raises(openai.ConflictError):
+            await asking
+        assert "ann" not in gateway.gateway.session._remembered
 
 
 async def test_a_demo_person_gets_a_token_only_where_that_is_enabled(service: TinyService) -> None:
