@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 import structlog
 
+from engine.client import EngineLost
 from engine.request import Forgotten as EngineForgotten
 from personalization.store import Store
 
 log = structlog.get_logger()
+ENGINE_TIMEOUT_S = 20.0
 REWRITE_TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.05
 
@@ -82,7 +84,11 @@ async def forget(
     adapter_id = store.adapter_id(user)
     history = await store.forget(user)
     jobs = await cancel_jobs(user)
-    copies = await engine.forget(adapter_id)
+    try:
+        async with asyncio.timeout(ENGINE_TIMEOUT_S):
+            copies = await engine.forget(adapter_id)
+    except TimeoutError:
+        raise EngineLost(f"the engine did not forget within {ENGINE_TIMEOUT_S:g} s") from None
     folder = await asyncio.to_thread(remove_versions, adapter_id)
     return Removed(
         turns=history.turns,

@@ -1,10 +1,13 @@
 """Forgetting: every place is emptied, in an order in which nothing comes back."""
 
+import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 from redis.asyncio import Redis
 
+from engine.client import EngineLost
 from engine.request import Forgotten as EngineForgotten
 from personalization.history import Turn
 from personalization.publish import remove_versions
@@ -88,3 +91,30 @@ async def test_a_server_that_may_not_rewrite_its_file_is_told_as_such() -> None:
             raise PermissionError("this command is not for you")
 
     assert await rewrite_log(Managed()) is False
+
+
+async def test_an_engine_that_does_not_come_back_is_not_waited_for_long(
+    store: Store, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.forget.ENGINE_TIMEOUT_S", 0.1)
+
+    class Away(Caches):
+        async def forget(self, adapter_id: str) -> EngineForgotten:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async def cancel_jobs(user: str) -> int:
+        return 0
+
+    await store.append("ada", [turn(1)])
+    with pytest.raises(EngineLost):
+        async with asyncio.timeout(5):
+            await forget(
+                "ada",
+                store=store,
+                redis=redis,
+                engine=Away(),
+                cancel_jobs=cancel_jobs,
+                remove_versions=lambda adapter_id: remove_versions(tmp_path, adapter_id),
+            )
+    assert await store.turns("ada") == []
