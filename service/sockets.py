@@ -291,7 +291,7 @@ class Socket:
         self._listen(reply, -1, event.stream_id)
 
     async def _resume(self, event: protocol.ResponseResume) -> None:
-        self._check_room()
+        self._check_room(event.response_id)
         reply = await self.services.replies.find(self.person.user, event.response_id)
         if event.starting_after >= len(reply.entries) and reply.done:
             raise BadRequest(
@@ -315,9 +315,9 @@ class Socket:
 
     # ------------------------------------------------------------ replies
 
-    def _check_room(self) -> None:
+    def _check_room(self, reply_id: str | None = None) -> None:
         most = self.services.limits.limits.replies_per_socket
-        if len(self._listening) >= most:
+        if len(self._listening.keys() - {reply_id}) >= most:
             raise RateLimited(f"at most {most} replies at once on one socket", retry_after=2)
 
     def _listen(self, reply: Reply, after: int, stream_id: str | None) -> None:

@@ -250,6 +250,16 @@ async def test_one_reply_too_many_is_refused_and_the_socket_stays(service: TinyS
         await until(connection, *ENDS)
 
 
+async def test_a_full_socket_may_hear_one_of_its_replies_anew(service: TinyService) -> None:
+    limits = Limits(replies_per_socket=1)
+    async with service.gateway(limits=limits) as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="x", max_output_tokens=300)
+        reply = (await until(connection, "response.output_text.delta"))[-1]["response_id"]
+        await send(connection, type="response.resume", response_id=reply)
+        await until(connection, "response.created")
+        assert len(text(await until(connection, *ENDS))) == 300
+
+
 async def test_a_cancelled_reply_says_so_and_keeps_what_was_written(service: TinyService) -> None:
     async with service.gateway() as gateway, socket(gateway) as connection:
         await send(connection, type="response.create", input="x", max_output_tokens=500)
