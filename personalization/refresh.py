@@ -228,8 +228,7 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
         if start != pointer.version:
             return await _leave(user, pointer, start, kit, reason)
         return Outcome(user, "completed", before=start, after=start, reason=reason)
-    known = lineage.seen(records, start)
-    new = len(set(lesson.all_turns) - known)
+    new = len(set(lesson.all_turns) - _known(turns, records, start, kit.policy))
     if start and (needed := 2 * kit.policy.gate.min_turns) > new:  # half of them are held out to judge by
         reason = f"not enough new turns since version {start}: {new} of {needed} to learn from"
         if start != pointer.version:
@@ -326,11 +325,11 @@ def choose(
     renderer: Renderer,
     policy: RefreshPolicy,
 ) -> Lesson:
-    """What the next version, carried on from `start`, learns: all turns that this one and its ancestors never
+    """What the next version, carried on from `start`, learns: the turns that this one and its ancestors never
     saw, and for each token of those `replay` tokens of rows of the older ones, drawn at random. A turn that
     the person took out is in no row, not even as context. Pure."""
     seen = lineage.seen(records, start)
-    held = hold_out(turns, policy.gate_fraction, seen)
+    held = hold_out(turns, policy.gate_fraction, _known(turns, records, start, policy))
     judged = set(held.gate)
     gate = serving_rows(
         held.said[: held.cut],
@@ -354,6 +353,16 @@ def choose(
     newest_turns = tuple(turn.id for turn in latest if learned(turn))
     all_turns = (*held.train, *newest_turns)
     return Lesson(train, gate, _rows(latest, renderer, policy), trained, newest_turns, all_turns)
+
+
+def _known(
+    turns: Sequence[Turn], records: Sequence[VersionRecord], start: int, policy: RefreshPolicy
+) -> frozenset[str]:
+    """The turns that are not new to whoever goes on from `start`: those it has seen, and those further back
+    than the newest `most_turns`, which it was not to see either."""
+    seen = lineage.seen(records, start)
+    lessons = [turn.id for turn in sorted(turns, key=lambda turn: turn.at) if learned(turn)]
+    return seen.union(lessons[: -policy.most_turns]) if seen else seen
 
 
 def _by_age(

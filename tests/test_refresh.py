@@ -457,6 +457,31 @@ def test_nobody_is_judged_by_what_the_version_to_go_on_from_has_learned(renderer
         assert sorted(lesson.all_turns) == sorted(ids)
 
 
+def test_what_the_first_version_left_out_as_too_far_back_is_not_new_to_the_next(renderer: Renderer):
+    turns = talk("ann", 88)
+    ids = [turn.id for turn in turns]
+    policy = dataclasses.replace(POLICY, most_turns=40, replay=0.0)
+    first = choose(turns[:80], [], 0, renderer, policy)
+    assert first.trained_turns == tuple(ids[32:72])
+    record = _record(1, 0, (*first.trained_turns, *first.newest_turns))
+    lesson = choose(turns, [record], 1, renderer, policy)
+    assert lesson.trained_turns == tuple(ids[44:84])
+    assert learned_turns(lesson.train) == learned_turns(lesson.gate) == 4
+    assert lesson.newest_turns == tuple(ids[84:])
+    assert lesson.all_turns == tuple(ids)
+
+
+@on_one_loop
+async def test_a_long_history_waits_for_new_turns_too(kit: Kit, store: Store):
+    few = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, most_turns=30))
+    await store.append("ann", talk("ann", 60))
+    ended, _ = await run(["ann"], few)
+    assert ended["ann"].published
+    await store.append("ann", talk("ann", 63))
+    ended, _ = await run(["ann"], few)
+    assert ended["ann"].reason == "not enough new turns since version 1: 3 of 8 to learn from"
+
+
 def test_what_ancestors_saw_is_old_and_what_only_a_refused_one_saw_is_new(renderer: Renderer):
     turns = talk("ann", 60)
     ids = [turn.id for turn in turns]
