@@ -192,8 +192,8 @@ def remove_versions(root: Path, adapter_id: str) -> Removed:
 
 async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
     """Remove what crashes left under the adapter root: folders being written, versions without a record,
-    people who are gone. Gives a serving version its record back from attune.json if a crash came between.
-    Returns how many folders were removed."""
+    people who are gone. Gives a version that answers, if only on trial, its record back from attune.json if a
+    crash came between. Returns how many folders were removed."""
     if not shelf.root.is_dir():
         return 0
     before = (time.time() if now is None else now) - LEFTOVER_AFTER_S
@@ -214,11 +214,13 @@ async def _known_versions(store: Store, user: str | None, person: Path) -> set[s
         return set()
     records = {record.version for record in await store.versions(user)}
     pointer = await store.pointer(user)
-    meta_file = person / str(pointer.version) / META_FILE
-    if pointer.version and pointer.version not in records and meta_file.is_file():
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-        await store.add_version(user, _record(pointer.version, meta), epoch=pointer.epoch)
-    return {str(version) for version in (*records, pointer.version)}
+    answering = {pointer.version} | ({pointer.trial.version} if pointer.trial else set())
+    for version in answering - records - {0}:
+        meta_file = person / str(version) / META_FILE
+        if meta_file.is_file():
+            meta = json.loads(meta_file.read_text(encoding="utf-8"))
+            await store.add_version(user, _record(version, meta), epoch=pointer.epoch)
+    return {str(version) for version in records | answering}
 
 
 def _changed_at(path: Path) -> float:

@@ -271,3 +271,15 @@ async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shel
     (record,) = await store.versions("ann")
     assert (record.version, record.turn_ids) == (1, ("t1", "t2"))
     assert folder.is_dir()
+
+
+async def test_tidying_keeps_a_version_on_trial_and_gives_it_its_record(shelf, store):
+    adapter_id = await known(store)
+    folder = shelf.root / adapter_id / "1"
+    room.place(folder, weights(), room._meta(1, ORIGIN), CONFIG)
+    assert await store.next_version("ann") == 1
+    assert await store.begin_trial("ann", 0, 1, 0.5)  # and then the crash
+    await room.tidy(shelf, store, now=time.time() + 7200)
+    assert folder.is_dir()
+    (record,) = await store.versions("ann")
+    assert (record.version, record.turn_ids) == (1, ("t1", "t2"))
