@@ -30,6 +30,17 @@ COUNTS = "attune:refresh:counts"
 DEAD_KEPT = 1000
 WEEK_S = 7 * 24 * 3600
 
+# KEYS: the queue. ARGV: a job's id. Moves it, if it waits there, before the first that nobody asked for.
+_AHEAD = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return end
+for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
+  if not string.find(redis.call('GET', id) or '', '"reason": "asked"', 1, true) then
+    return redis.call('LINSERT', KEYS[1], 'BEFORE', id, ARGV[1])
+  end
+end
+redis.call('RPUSH', KEYS[1], ARGV[1])
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class JobPolicy:
@@ -95,6 +106,8 @@ async def request_refresh(
         await queue.erase(key)
         queued = await queue.enqueue(job)
     if queued:
+        if reason == "asked":
+            await queue.put_ahead(job)
         await tell(store, job, {"state": "queued", "progress": 0.0})
         return Requested(job_id, "queued")
     earlier = await queue.job(key)
@@ -154,7 +167,7 @@ async def tell(store: Store, job: Job, message: dict[str, Any]) -> None:
 
 
 class RefreshQueue(RedisQueue):
-    """SAQ's queue, with four differences.
+    """SAQ's queue, with five differences.
 
     sweep     SAQ's own takes a job for lost that is in the active list without being marked active. Every job
               is, between leaving the queue and its worker's first word, and a worker that starts sweeps just
@@ -162,6 +175,7 @@ class RefreshQueue(RedisQueue):
     erase     takes a job out whatever its state; what its worker still writes of it is dropped.
     dequeue   one task at a time blocks on Redis, not one connection for each of a batch's jobs.
     bury      a job that failed for good becomes a dead letter.
+    put_ahead a job that somebody asked for leaves the queue before those that nobody did.
     """
 
     def __init__(self, redis: Any, name: str = QUEUE) -> None:
@@ -178,6 +192,10 @@ class RefreshQueue(RedisQueue):
             except (RedisConnectionError, RedisTimeoutError):
                 await asyncio.sleep(0.5)  # Redis is away; SAQ would ask again at once
                 return None
+
+    async def put_ahead(self, job: Job) -> None:
+        """Let a job that waits leave the queue as soon as all who asked before have left it."""
+        await self.client.eval(_AHEAD, 1, self._queued, job.id)
 
     async def sweep(self, lock: int = 60, abort: float = 5.0) -> list[str]:
         """Run lost jobs again, or end them when they were tried often enough. Returns their ids."""
@@ -220,7 +238,9 @@ class RefreshQueue(RedisQueue):
             await (self.on_lost or self.bury)(job)
 
     async def bury(self, job: Job) -> None:
-        """Keep a job that failed for good, without anything a person wrote."""
+        """Keep a job that failed for good, without anything a person wrote; nothing of one that was erased."""
+        if not await self._is_current(job):
+            return
         kwargs = job.kwargs or {}
         reason = ((job.error or "").strip().splitlines() or ["unknown"])[-1]
         letter = {

@@ -142,9 +142,9 @@ class _Prepared:
     expected_gain: float
 
 
-async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: bool = False) -> None:
+async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End) -> None:
     """Refresh everyone in `users`, in one batch. `say` gets progress, `end` each person's outcome as soon as
-    it is there. `alone`: no two in one stack.
+    it is there.
 
     Raises TrainerDied when the batch broke off; those who have not come to an end then were not changed.
     """
@@ -161,9 +161,7 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, alone: 
     waiting = dict(prepared)
     tasks = [each.task for each in prepared.values()]
     policy = kit.policy
-    batch = kit.trainer.run(
-        tasks, policy.recipe, policy.gate, finish=policy.finish, people_at_once=1 if alone else None
-    )
+    batch = kit.trainer.run(tasks, policy.recipe, policy.gate, finish=policy.finish)
     async with aclosing(batch):
         async for event in batch:
             if isinstance(event, Progress):

@@ -137,7 +137,6 @@ class Trainer:
         policy: GatePolicy,
         *,
         finish: Recipe | None = None,
-        people_at_once: int | None = None,
     ) -> AsyncGenerator[Progress | Judging | Judged, None]:
         """Train and judge `tasks`; every one of them ends in a Judged. Raises TrainerDied. `finish`: how the
         newest turns of those accepted are learned; None: not at all.
@@ -150,7 +149,7 @@ class Trainer:
             "recipe": asdict(recipe),
             "policy": asdict(policy),
             "finish": None if finish is None else asdict(finish),
-            "people_at_once": people_at_once or self._settings.people_at_once,
+            "people_at_once": self._settings.people_at_once,
         }
         finished = False
         try:

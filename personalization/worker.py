@@ -4,7 +4,7 @@
 
 A job runs at least once. It heartbeats while it waits and works; when the worker dies, a sweep finds the
 silent job and it runs again, up to three times. When the training process died under a batch, its people go
-without stacking next time, so that one person's trouble cannot fail the others twice. What fails for good is
+one by one next time, so that one person's trouble cannot fail the others twice. What fails for good is
 kept in a list of dead letters.
 """
 
@@ -117,14 +117,14 @@ class Gatherer:
         """Batch after batch, until cancelled."""
         while True:
             gathered = await self._gather()
-            # Whoever was in a batch that lost its process goes without stacking now: one of them did it.
-            for alone in (False, True):
-                batch = {each.user: each for each in gathered if _broke_a_batch(each.job) == alone}
-                if batch:
-                    log.info("refresh.batch", people=len(batch), alone=alone)
-                    began = time.monotonic()
-                    await self._work(batch, alone=alone)
-                    self._batch_s = time.monotonic() - began
+            # Whoever was in a batch that lost its process goes alone now: one of them did it.
+            together = {each.user: each for each in gathered if not _broke_a_batch(each.job)}
+            alone = [{each.user: each} for each in gathered if _broke_a_batch(each.job)]
+            for batch in filter(None, (together, *alone)):
+                log.info("refresh.batch", people=len(batch))
+                began = time.monotonic()
+                await self._work(batch)
+                self._batch_s = time.monotonic() - began
 
     async def _gather(self) -> list[_Waiting]:
         """The next batch: whoever waits when nobody has come for a moment."""
@@ -141,7 +141,7 @@ class Gatherer:
                     pass
         waiting = [each for each in self._waiting if not each.ended.done()]
         asked = [each for each in waiting if (each.job.kwargs or {}).get("reason") == "asked"]
-        batch = asked[: self._people] or waiting[: self._background_people]
+        batch = _one_each(asked)[: self._people] or _one_each(waiting)[: self._background_people]
         self._waiting = [each for each in waiting if each not in batch]
         return batch
 
@@ -155,7 +155,7 @@ class Gatherer:
             return False
         return True
 
-    async def _work(self, batch: dict[str, _Waiting], *, alone: bool) -> None:
+    async def _work(self, batch: dict[str, _Waiting]) -> None:
         told: dict[str, tuple[str, float]] = {}
 
         async def say(user: str, message: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ class Gatherer:
 
         failure: BaseException = RuntimeError("the batch ended without this person")
         try:
-            await refresh(list(batch), self._kit, say, end, alone=alone)
+            await refresh(list(batch), self._kit, say, end)
         except Exception as error:
             log.exception("refresh.batch_failed", people=len(batch))
             failure = error
@@ -185,6 +185,14 @@ class Gatherer:
             for each in batch.values():
                 if not each.ended.done():
                     each.ended.set_exception(failure)
+
+
+def _one_each(waiting: list[_Waiting]) -> list[_Waiting]:
+    """The first job of each person; a second one, of who came back or was taken for lost, waits."""
+    first: dict[str, _Waiting] = {}
+    for each in waiting:
+        first.setdefault(each.user, each)
+    return list(first.values())
 
 
 def _broke_a_batch(job: Job) -> bool:

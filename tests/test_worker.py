@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from personalization.jobs import (
     queue_stats,
     request_refresh,
 )
+from personalization.prompt import Renderer
 from personalization.publish import Shelf
-from personalization.refresh import RefreshPolicy
-from personalization.store import Store
+from personalization.refresh import Kit, RefreshPolicy
+from personalization.store import Store, VersionRecord
 from personalization.train import Recipe
+from personalization.trainer import Trainer, TrainerSettings
 from personalization.when import When
-from personalization.worker import WorkerSettings, run_nightly, run_worker
+from personalization.worker import Gatherer, WorkerSettings, after_job, run_nightly, run_worker
 from tests.redis_fixture import SECRET
 from tests.small_model import save_small_model, talk
 
@@ -182,6 +185,19 @@ async def test_asking_for_now_takes_the_place_of_a_job_for_later(queue: RefreshQ
     assert (stats.queued, stats.scheduled) == (1, 0)
 
 
+async def test_who_asks_leaves_the_queue_before_those_who_did_not_in_the_order_of_asking(
+    queue: RefreshQueue, store: Store
+):
+    for user, reason in (("ann", "nightly"), ("bob", "turns"), ("cid", "asked"), ("dan", "asked")):
+        await store.append(user, talk(user, 5))
+        await request_refresh(queue, store, user, reason)
+    jobs = [await queue.dequeue(timeout=1) for _ in range(4)]
+    assert [job and job.key for job in jobs] == [
+        job_key(store, user) for user in ("cid", "dan", "ann", "bob")
+    ]
+    assert (await queue_stats(queue)).queued == 0
+
+
 def finished(queue: RefreshQueue, store: Store, user: str) -> Callable[[], Awaitable[Any]]:
     async def look() -> Any:
         job = await queue.job(job_key(store, user))
@@ -276,6 +292,62 @@ async def test_a_job_that_always_fails_ends_as_a_dead_letter(
     assert await store.learned_since_refresh("ann") == 40
     again = await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
     assert again.job_id != requested.job_id
+
+
+async def test_who_breaks_the_training_process_fails_alone(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    for user in ("ann", "bob", "cid"):
+        await store.append(user, talk(user, 40))
+        await request_refresh(queue, store, user, "asked", jobs=JOBS)
+    serving = settings.data / "adapters" / store.adapter_id("ann") / "1"
+    serving.mkdir(parents=True)
+    (serving / "attune.json").write_text("[]")  # ends the process that reads it
+    await store.next_version("ann")
+    await store.add_version("ann", VersionRecord(1, 0, datetime.now(UTC), True, "better"))
+    await store.compare_and_set("ann", 0, 1)
+    async with working(settings):
+        ends = [await until(is_in(store, user, "completed", "failed")) for user in ("bob", "cid", "ann")]
+    assert [end["state"] for end in ends] == ["completed", "completed", "failed"]
+    assert [letter["adapter"] for letter in await dead_letters(queue)] == [store.adapter_id("ann")]
+
+
+async def test_a_job_that_fails_after_its_person_was_forgotten_leaves_no_letter(
+    queue: RefreshQueue, store: Store
+):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    await store.forget("ann")
+    await cancel_jobs(queue, store, "ann")
+    await job.finish(Status.FAILED, error="the disk is full")
+    await after_job({"job": job, "queue": queue, "store": store})
+    assert await dead_letters(queue) == []
+
+
+async def test_someone_who_waits_twice_comes_to_both_ends(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    """As who is forgotten and comes back, or whose job was taken for lost, while a batch is on."""
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    config = read_config(settings.model_folder)
+    trainer = Trainer(TrainerSettings(settings.model_folder, threads=1, device="cpu"))
+    renderer = Renderer(settings.model_folder, config.max_position_embeddings)
+    shelf = Shelf(settings.data / "adapters", config, 0)
+    kit = Kit(store, shelf, renderer, trainer, POLICY, "small", lambda: datetime.now(UTC))
+    gatherer = Gatherer(kit, gather_s=0.2, people=4, background_people=4, idle_trainer_s=60)
+    gathering = asyncio.create_task(gatherer.run())
+    try:
+        async with asyncio.timeout(10):
+            ends = await asyncio.gather(gatherer.join(job, "ann"), gatherer.join(job, "ann"))
+    finally:
+        gathering.cancel()
+        await trainer.stop()
+    assert [end.code for end in ends] == ["not_enough_turns"] * 2
 
 
 async def test_someone_forgotten_during_training_leaves_nothing_and_the_others_are_served(
