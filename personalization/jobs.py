@@ -238,7 +238,7 @@ class RefreshQueue(RedisQueue):
             await (self.on_lost or self.bury)(job)
 
     async def bury(self, job: Job) -> None:
-        """Keep a job that failed for good, without anything a person wrote; nothing of one that was erased."""
+        """Keep a job that failed for good, without anything a person wrote, unless it was erased."""
         if not await self._is_current(job):
             return
         kwargs = job.kwargs or {}

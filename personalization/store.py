@@ -234,19 +234,11 @@ class Store:
         pipe.scard(self._key(user, "learned"))
         pipe.scard(self._key(user, "fresh"))
         pipe.hget(self._life(user), "version")
-        pipe.hmget(self._key(user, "pointer"), ["version", "trial"])
-        learned, fresh, newest, (serving, tried) = await self._ask(pipe.execute())
-        named = [newest or b"0", serving or b"0", tried or b"0"]
-        bodies = await self._ask(self._redis.hmget(self._key(user, "versions"), named))
-        last, *answering = (
-            None if body is None else _read_version(int(version), body)
-            for version, body in zip(named, bodies, strict=True)
-        )
-        seen = [turn_id for record in answering if record is not None for turn_id in record.turn_ids]
-        marked = False
-        if seen:
-            marked = not all(await self._ask(self._redis.smismember(self._key(user, "learned"), seen)))
-        return Standing(learned, fresh, last, marked, trial=tried is not None)
+        pipe.hexists(self._key(user, "pointer"), "trial")
+        learned, fresh, newest, tried = await self._ask(pipe.execute())
+        body = await self._ask(self._redis.hget(self._key(user, "versions"), newest or b"0"))
+        last = None if body is None else _read_version(int(newest), body)
+        return Standing(learned, fresh, last, trial=bool(tried))
 
     async def votes(self, user: str) -> dict[int, Votes]:
         """What the person said of the replies of each version."""

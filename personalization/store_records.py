@@ -141,14 +141,12 @@ class VersionRecord:
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How a person stands between two refreshes. `learned`: turns there are to learn from; `fresh`: those of
-    them that no refresh has seen; `newest`: the record of the last refresh, whatever came of it; `marked`:
-    the version that answers, or one on trial, was trained on a turn that is not to be learned any more;
-    `trial`: a version is on trial."""
+    them that no refresh has seen; `newest`: the record of the last refresh, whatever came of it; `trial`: a
+    version is on trial."""
 
     learned: int
     fresh: int
     newest: VersionRecord | None
-    marked: bool
     trial: bool = False
 
 

@@ -90,10 +90,11 @@ def due_now(standing: Standing, policy: When) -> Due:
     return Due(True, gain, f"{standing.fresh} new turns, expected to gain {gain:.4f}")
 
 
-def due_tonight(standing: Standing, now: datetime, policy: When) -> Due:
-    """Asked each night of everyone. A version that has seen what was taken out is always due."""
+def due_tonight(standing: Standing, now: datetime, policy: When, *, marked: bool = False) -> Due:
+    """Asked each night of everyone. Who has an answering version that is marked (see `lineage.py`) is always
+    due."""
     gain = expected_gain(standing, policy)
-    if standing.marked:
+    if marked:
         return Due(True, gain, "turns were taken out that the version that answers has seen")
     hindrance = _hindrance(standing, policy)
     if hindrance:

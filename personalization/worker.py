@@ -26,6 +26,7 @@ from saq.types import PartialTimersDict
 
 from engine.weights import read_config
 from personalization.jobs import COUNTS, FUNCTION, WEEK_S, JobPolicy, RefreshQueue, request_refresh, tell
+from personalization.lineage import marks
 from personalization.pacing import SHARE
 from personalization.prompt import Renderer
 from personalization.publish import FREE_BYTES_FLOOR, Shelf, tidy
@@ -271,7 +272,8 @@ async def run_nightly(context: dict[str, Any]) -> int:
     gains = {}
     async for user in store.users():
         await settle(store, user, settings.trial, now)
-        answer = due_tonight(await store.standing(user), now, settings.when)
+        marked = await _is_marked(store, user)
+        answer = due_tonight(await store.standing(user), now, settings.when, marked=marked)
         if answer.due:
             gains[user] = answer.gain
     due = sorted(gains, key=lambda user: (-gains[user], store.adapter_id(user)))
@@ -282,6 +284,13 @@ async def run_nightly(context: dict[str, Any]) -> int:
             await request_refresh(queue, store, user, "nightly", jobs=settings.jobs, scheduled=int(at))
     await tidy(context["shelf"], store)
     return len(due)
+
+
+async def _is_marked(store: Store, user: str) -> bool:
+    """Whether the version that answers, or one on trial, has seen a turn that may not be learned any more."""
+    pointer = await store.pointer(user)
+    marked = marks(await store.versions(user), await store.learned_ids(user))
+    return pointer.version in marked or (pointer.trial is not None and pointer.trial.version in marked)
 
 
 async def run_worker(settings: WorkerSettings) -> None:

@@ -538,10 +538,8 @@ async def test_a_ticket_runs_out(store: Store) -> None:
     assert await store.take_ticket("hash") is None
 
 
-async def test_the_standing_says_what_is_new_and_whether_what_serves_has_seen_what_was_taken_out(
-    store: Store,
-) -> None:
-    assert await store.standing("ann") == Standing(0, 0, None, False)
+async def test_the_standing_says_what_is_new_and_how_the_last_refresh_did(store: Store) -> None:
+    assert await store.standing("ann") == Standing(0, 0, None)
     await store.append("ann", [turn("a"), turn("b", 1), turn("c", 2)])
     records = [
         VersionRecord(1, 0, NOON, True, "better", {"gain": 0.1}, 1, ("a",)),
@@ -552,10 +550,6 @@ async def test_the_standing_says_what_is_new_and_whether_what_serves_has_seen_wh
         await store.add_version("ann", record)
     await store.compare_and_set("ann", 0, 1)
     await store.mark_refreshed("ann", ["a", "b"])
-    assert await store.standing("ann") == Standing(3, 1, records[1], False)
-    await store.remove_turn("ann", "b")  # only the refused one saw it
-    assert await store.standing("ann") == Standing(2, 1, records[1], False)
-    await store.remove_turn("ann", "a")
-    assert await store.standing("ann") == Standing(1, 1, records[1], True)
-    await store.compare_and_set("ann", 1, 0)
-    assert not (await store.standing("ann")).marked
+    assert await store.standing("ann") == Standing(3, 1, records[1])
+    await store.remove_turn("ann", "b")
+    assert await store.standing("ann") == Standing(2, 1, records[1])

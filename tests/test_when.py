@@ -19,13 +19,12 @@ def standing(
     gained: float | None = None,
     expected: float = 0.04,
     ago: timedelta = TWO_HOURS,
-    marked: bool = False,
 ) -> Standing:
     """`gained`: what the last refresh gained where `expected` was expected; None: there was none."""
     newest = None
     if gained is not None:
         newest = VersionRecord(1, 0, NOW - ago, gained > 0, "", {"gain": gained, EXPECTED: expected})
-    return Standing(learned, fresh, newest, marked)
+    return Standing(learned, fresh, newest)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,8 @@ def test_the_night_takes_what_is_worth_less_and_what_has_waited_long():
 
 
 def test_what_was_taken_out_is_unlearned_in_the_next_night_whatever_it_gains():
-    assert due_tonight(standing(100, 0, gained=0.04, marked=True), NOW, POLICY).due
-    assert due_tonight(standing(10, 0, gained=0.04, marked=True), NOW, POLICY).due
+    assert due_tonight(standing(100, 0, gained=0.04), NOW, POLICY, marked=True).due
+    assert due_tonight(standing(10, 0, gained=0.04), NOW, POLICY, marked=True).due
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 200))

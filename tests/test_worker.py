@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import random
 import signal
 import sys
 import time
@@ -489,3 +490,32 @@ async def test_the_night_asks_for_those_for_whom_it_pays_those_who_gain_most_fir
     assert 89 <= at[0] <= 92
     assert all(9 <= early <= 12 for early in at[1:])
     assert (await queue_stats(queue)).scheduled == 4
+
+
+async def test_the_night_asks_for_whose_version_came_of_one_that_saw_what_was_taken_out(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    context = {
+        "settings": settings,
+        "store": store,
+        "queue": queue,
+        "shelf": Shelf(settings.data / "adapters", read_config(settings.model_folder)),
+        "random": random.Random(0),
+    }
+    ids = [turn.id for turn in talk("ann", 40)]
+    await store.append("ann", talk("ann", 40))
+    await store.mark_refreshed("ann", ids)
+    for version, seen in ((1, ids[:20]), (2, ids[20:30]), (3, ids[30:])):  # one refused, one carried on
+        assert await store.next_version("ann") == version
+        record = VersionRecord(
+            version, int(version == 3), datetime.now(UTC), version != 2, "", {}, 1, tuple(seen)
+        )
+        await store.add_version("ann", record)
+    await store.compare_and_set("ann", 0, 3)
+    await store.remove_turn("ann", ids[25])  # only the refused one saw it
+    assert await run_nightly(context) == 0
+    await store.remove_turn("ann", ids[5])
+    assert await run_nightly(context) == 1
+    await store.compare_and_set("ann", 3, 0)
+    await cancel_jobs(queue, store, "ann")
+    assert await run_nightly(context) == 0
