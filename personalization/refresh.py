@@ -158,20 +158,22 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End) -> None:
     if not prepared:
         return
 
-    waiting = dict(prepared)
+    training = set(prepared)
     tasks = [each.task for each in prepared.values()]
     policy = kit.policy
     batch = kit.trainer.run(tasks, policy.recipe, policy.gate, finish=policy.finish)
     async with aclosing(batch):
         async for event in batch:
             if isinstance(event, Progress):
-                for each in waiting.values():
-                    await say(each.user, {"state": "training", "progress": round(event.share, 3)})
+                for task_id in training:
+                    told = {"state": "training", "progress": round(event.share, 3)}
+                    await say(prepared[task_id].user, told)
             elif isinstance(event, Judging):
+                training.difference_update(event.ids)
                 for task_id in event.ids:
                     await say(prepared[task_id].user, {"state": "gating", "progress": 1.0})
             else:
-                each = waiting.pop(event.id)
+                each = prepared[event.id]
                 await end(await _attempt(each.user, _conclude(each, event, kit)))
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
 from personalization.score import token_losses
 from personalization.store import Store, VersionRecord, connect
 from personalization.train import Recipe
-from personalization.trainer import Judged, Progress, Task, Trainer, TrainerDied, TrainerSettings
+from personalization.trainer import Judged, Judging, Progress, Task, Trainer, TrainerDied, TrainerSettings
 from tests.redis_fixture import SECRET
 from tests.small_model import save_small_model, talk
 
@@ -169,6 +169,26 @@ async def test_people_of_one_batch_end_each_in_their_own_way(kit: Kit, store: St
     assert isinstance(ended["bob"].error, OSError)
     assert (await store.pointer("bob")).version == 0
     assert await store.learned_since_refresh("bob") == 40
+
+
+@on_one_loop
+async def test_who_is_judged_is_not_told_of_training_while_others_train_on(kit: Kit, store: Store):
+    """On several cores each works on people of its own."""
+
+    class TwoCores(Trainer):
+        async def run(self, tasks: Sequence[Task], *args: Any, **more: Any) -> AsyncGenerator[Any, None]:
+            first, second = (task.id for task in tasks)
+            for event in (Progress(0.5), Judging((first,)), Progress(1.0), Judging((second,))):
+                yield event
+
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, 40))
+    _, said = await run(["ann", "bob"], dataclasses.replace(kit, trainer=TwoCores(TrainerSettings(Path()))))
+    told = {name: [message["state"] for user, message in said if user == name] for name in ("ann", "bob")}
+    assert told == {
+        "ann": ["training", "training", "gating"],
+        "bob": ["training", "training", "training", "gating"],
+    }
 
 
 @on_one_loop
