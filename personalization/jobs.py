@@ -30,15 +30,22 @@ COUNTS = "attune:refresh:counts"
 DEAD_KEPT = 1000
 WEEK_S = 7 * 24 * 3600
 
-# KEYS: the queue. ARGV: a job's id. Moves it, if it waits there, before the first that nobody asked for.
+# KEYS: the queue. ARGV: a job's id. Moves it, if it waits there, behind those that were asked for, which
+# stand first; the queue may be long, so their end is looked for by halves.
 _AHEAD = """
-if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return end
-for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
-  if not string.find(redis.call('GET', id) or '', '"reason": "asked"', 1, true) then
-    return redis.call('LINSERT', KEYS[1], 'BEFORE', id, ARGV[1])
-  end
+if redis.call('LREM', KEYS[1], -1, ARGV[1]) == 0 then return end
+local first, past = 0, redis.call('LLEN', KEYS[1])
+while first < past do
+  local middle = math.floor((first + past) / 2)
+  local job = redis.call('GET', redis.call('LINDEX', KEYS[1], middle)) or ''
+  if string.find(job, '"reason": "asked"', 1, true) then first = middle + 1 else past = middle end
 end
-redis.call('RPUSH', KEYS[1], ARGV[1])
+local behind = redis.call('LINDEX', KEYS[1], first)
+if behind then
+  redis.call('LINSERT', KEYS[1], 'BEFORE', behind, ARGV[1])
+else
+  redis.call('RPUSH', KEYS[1], ARGV[1])
+end
 """
 
 

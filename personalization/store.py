@@ -235,10 +235,11 @@ class Store:
         pipe.scard(self._key(user, "fresh"))
         pipe.hget(self._life(user), "version")
         pipe.hexists(self._key(user, "pointer"), "trial")
-        learned, fresh, newest, tried = await self._ask(pipe.execute())
-        body = await self._ask(self._redis.hget(self._key(user, "versions"), newest or b"0"))
-        last = None if body is None else _read_version(int(newest), body)
-        return Standing(learned, fresh, last, trial=bool(tried))
+        learned, fresh, given_out, tried = await self._ask(pipe.execute())
+        version = int(given_out or 0)
+        body = await self._ask(self._redis.hget(self._key(user, "versions"), str(version)))
+        newest = None if body is None else _read_version(version, body)
+        return Standing(learned, fresh, newest, trial=bool(tried))
 
     async def votes(self, user: str) -> dict[int, Votes]:
         """What the person said of the replies of each version."""
