@@ -280,14 +280,17 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
         seed=prepared.task.seed,
         population=prepared.population if judged.began else 0,
     )
-    after, reason = pointer.version, verdict.reason
+    after = pointer.version
     # What the person wants gone does not answer beside the new version, not even for a while.
     share = kit.policy.trial_share if prepared.start == pointer.version else 0.0
     if verdict.accepted:
         try:
             after = await publish(kit.shelf, kit.store, user, judged.weights, origin, pointer, share=share)
-        except Superseded as error:
-            after, reason = (await kit.store.pointer(user)).version, str(error)
+        except Superseded as error:  # and the turns are still to be learned
+            after = (await kit.store.pointer(user)).version
+            return Outcome(
+                user, "completed", before=pointer.version, after=after, reason=str(error), numbers=numbers
+            )
     else:
         await note_refusal(kit.store, user, origin, pointer)
     await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
@@ -296,11 +299,11 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
     return Outcome(
         user,
         "completed",
-        published=verdict.accepted and reason == verdict.reason,
-        trial=verdict.accepted and reason == verdict.reason and share > 0,
+        published=verdict.accepted,
+        trial=verdict.accepted and share > 0,
         before=pointer.version,
         after=after,
-        reason=reason,
+        reason=verdict.reason,
         numbers=numbers,
     )
 

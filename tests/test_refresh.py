@@ -172,6 +172,28 @@ async def test_people_of_one_batch_end_each_in_their_own_way(kit: Kit, store: St
 
 
 @on_one_loop
+async def test_turns_whose_version_came_too_late_are_still_to_be_learned(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    await store.append("ann", talk("ann", 60))
+    ended: list[Outcome] = []
+
+    async def go_back(user: str, message: dict[str, Any]) -> None:
+        if message["state"] == "gating":
+            assert await store.compare_and_set("ann", 1, 0)
+
+    async def end(outcome: Outcome) -> None:
+        ended.append(outcome)
+
+    await refresh(["ann"], kit, go_back, end)
+    assert [(outcome.published, outcome.after) for outcome in ended] == [(False, 0)]
+    assert ended[0].reason.startswith("expected version 1 to be serving still")
+    assert await store.learned_since_refresh("ann") == 20
+    await run(["ann"], kit)
+    assert await store.learned_since_refresh("ann") == 0
+
+
+@on_one_loop
 async def test_who_is_judged_is_not_told_of_training_while_others_train_on(kit: Kit, store: Store):
     """On several cores each works on people of its own."""
 
