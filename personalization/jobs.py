@@ -242,7 +242,8 @@ class RefreshQueue(RedisQueue):
             await self.retry(job, "the worker was lost")
         else:
             await self.finish(job, Status.FAILED, error="the worker was lost at every attempt")
-            await (self.on_lost or self.bury)(job)
+            if job.function == FUNCTION:
+                await (self.on_lost or self.bury)(job)
 
     async def bury(self, job: Job) -> None:
         """Keep a job that failed for good, without anything a person wrote, unless it was erased."""

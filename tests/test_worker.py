@@ -435,6 +435,23 @@ async def test_a_job_lost_at_every_attempt_ends_as_a_dead_letter(queue: RefreshQ
     assert letter["error"] == "the worker was lost at every attempt"
 
 
+async def test_a_lost_night_is_no_dead_letter_and_stops_no_sweep(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    await store.append("ann", talk("ann", 5))
+    night = Job(function="run_nightly", key="cron:run_nightly", timeout=600)
+    await queue.enqueue(night)
+    await request_refresh(queue, store, "ann", "nightly", jobs=dataclasses.replace(JOBS, retries=1))
+    for _ in range(2):
+        job = await queue.dequeue(timeout=1)
+        assert job is not None
+        await job.update(status=Status.ACTIVE, started=1, attempts=1)
+    async with working(dataclasses.replace(settings, sweep_s=60)):  # the one sweep that it begins with
+        await until(is_in(store, "ann", "failed"), seconds=10)
+    (letter,) = await dead_letters(queue)
+    assert letter["adapter"] == store.adapter_id("ann")
+
+
 async def test_an_erased_job_cannot_be_written_back_by_its_worker(queue: RefreshQueue, store: Store):
     await store.append("ann", talk("ann", 5))
     await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
