@@ -79,9 +79,13 @@ async def reply(client: ChatClient, text: str, **options: Any) -> list[dict[str,
     return [event async for event in client.reply() if event["type"].startswith("response.")]
 
 
+def sdk(service: RunningService) -> OpenAI:
+    """A client to be closed, or the sockets it keeps are found open when it is gone."""
+    return OpenAI(base_url=f"{service.address}/v1", api_key=service.token("sdk"))
+
+
 def test_the_official_sdk_talks_to_base_and_to_me_over_its_websocket(service: RunningService) -> None:
-    client = OpenAI(base_url=f"{service.address}/v1", api_key=service.token("sdk"))
-    with client.responses.connect() as connection:
+    with sdk(service) as client, client.responses.connect() as connection:
         for model in ("me", "base"):
             connection.response.create(model=model, input="Hello, how are you today?", max_output_tokens=24)
             types, text = [], ""
@@ -97,14 +101,14 @@ def test_the_official_sdk_talks_to_base_and_to_me_over_its_websocket(service: Ru
 
 
 def test_the_official_sdk_talks_over_http(service: RunningService) -> None:
-    client = OpenAI(base_url=f"{service.address}/v1", api_key=service.token("sdk"))
-    whole = client.responses.create(model="me", input="Hello!", max_output_tokens=16, temperature=0)
-    parts = client.chat.completions.create(
-        model="base", messages=[{"role": "user", "content": "Hello!"}], max_tokens=16, stream=True
-    )
-    assert whole.output_text.strip()
-    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices).strip()
-    assert {"base", "me"} <= {model.id for model in client.models.list()}
+    with sdk(service) as client:
+        whole = client.responses.create(model="me", input="Hello!", max_output_tokens=16, temperature=0)
+        parts = client.chat.completions.create(
+            model="base", messages=[{"role": "user", "content": "Hello!"}], max_tokens=16, stream=True
+        )
+        assert whole.output_text.strip()
+        assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices).strip()
+        assert {"base", "me"} <= {model.id for model in client.models.list()}
 
 
 def test_after_a_refresh_the_next_reply_says_its_version_and_one_that_streams_ends_on_the_old(
@@ -279,7 +283,8 @@ def test_the_service_stops_cleanly_and_starts_again_with_everything(tmp_path: Pa
     assert "Attune does not run on" in first.attune("export", "keeper", code=2)
     with running_service(data, **ONLY_WHAT_IS_ASKED) as second:
         assert len(second.attune("export", "keeper").splitlines()) == 6
-        OpenAI(base_url=f"{second.address}/v1", api_key=token).models.list()
+        with OpenAI(base_url=f"{second.address}/v1", api_key=token) as client:  # signed before
+            client.models.list()
         # A supervisor that is killed takes its children along and can be followed at once.
         pids = second.pids()
         second.supervisor.kill()
