@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def split_rotary(
     qkv: Tensor, num_q: int, num_kv: int, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.split_rotary`."""
+    """`kernels.split_rotary`."""
     q, k, v = _SplitRotary.apply(qkv, num_q, num_kv, cos, sin)
     return q, k, v
 

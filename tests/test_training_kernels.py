@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
 from kernels import gradients, reference, training
 
 DEVICES = [
@@ -86,11 +85,7 @@ def test_rotary(device, dtype, error, tokens, num_q, num_kv, half):
     cos, sin = reference.rope_angles(torch.arange(5, 5 + tokens, device=device), signed, dtype)
     compare(
         lambda x: training.split_rotary(x, num_q, num_kv, cos, sin),
-        lambda x: (
-            kernels.split_rotary(x, num_q, num_kv, cos.double(), sin.double())
-            if not x.is_cuda
-            else _split(x, num_q, num_kv, cos.double(), sin.double())
-        ),
+        lambda x: _split(x, num_q, num_kv, cos.double(), sin.double()),
         sample((tokens, (num_q + 2 * num_kv) * 2 * half), dtype, device, 3),
         error,
     )
