@@ -35,6 +35,7 @@ import torch
 from benchmarks.common import report
 from engine.adapter_files import LoraWeights
 from engine.weights import LoadedModel, load_model, read_config
+from personalization.evaluate import interval
 from personalization.examples import cut_by_time, serving_rows, split, words
 from personalization.gate import GatePolicy, settle, weigh
 from personalization.history import Turn, learned, parse
@@ -45,6 +46,7 @@ from personalization.score import losses_of_many
 from personalization.train import Person, Recipe, best_dtype, train
 from service import demo_model
 
+DRAWS = 1000  # of the bootstrap
 LEAST_TURNS = 100
 ROW_TOKENS = (256, 512, 1024)
 MOST_TURNS = 400
@@ -227,12 +229,6 @@ def scores(model: LoadedModel, asked: Sequence[tuple[LoraWeights | None, Sequenc
     return found
 
 
-def interval(values: Sequence[float], draws: int = 1000) -> list[float]:
-    chooser = random.Random(0)
-    means = sorted(statistics.fmean(chooser.choices(values, k=len(values))) for _ in range(draws))
-    return [round(means[int(draws * 0.025)], 4), round(means[int(draws * 0.975)], 4)]
-
-
 @dataclass
 class Board:
     """What context alone gives everyone; the same for every recipe."""
@@ -290,7 +286,7 @@ class Board:
             "people": len(here),
             "context": round(statistics.fmean(self.test[at].mean for at in here), 4),
             "gain": round(statistics.fmean(gains), 4),
-            "interval": interval(gains),
+            "interval": interval(gains, DRAWS),
             "share": round(statistics.fmean(shares), 4),
             "gated_gain": round(statistics.fmean(gated), 4),
             "gated_share": round(
