@@ -203,7 +203,7 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
         numbers["curve"] = _curve(bench, subjects, context, extent)
     if extent.from_population and len(subjects) >= 2 * HALVES:
         numbers["from_population"] = _from_population(
-            bench, subjects, population, losses["population adapter + context"], extent
+            bench, subjects, population, losses["population adapter + context"], context, gate, extent
         )
     if extent.refreshes:
         numbers["in_a_row"] = _in_a_row(bench, subjects, context, gate, published, extent)
@@ -353,7 +353,8 @@ def _harm(
     together: Sequence[float],
     published: Sequence[float],
 ) -> dict[str, Any]:
-    """Who is made worse, before and after the gate: of everyone, and of those with many turns."""
+    """What it gains over context and who is made worse, before and after the gate: of everyone, and of those
+    with many turns."""
     gains, gated = (
         [before - after for before, after in zip(context, each, strict=True)]
         for each in (together, published)
@@ -366,7 +367,11 @@ def _harm(
         rows = {}
         for name, values in (("before", gains), ("after", gated)):
             mine = [values[at] for at in here]
+            shares = [value / context[at] for at, value in zip(here, mine, strict=True)]
             rows[name] = {
+                "gain": round(statistics.fmean(mine), 4),
+                "interval": interval(mine),
+                "gain_share": round(statistics.fmean(shares), 4),
                 "worse": _share([value < 0 for value in mine]),
                 "worse_noteworthy": _share([value < -NOTEWORTHY for value in mine]),
                 "worst_decile": round(sorted(mine)[len(mine) // 10], 4),
@@ -408,10 +413,13 @@ def _from_population(
     subjects: Sequence[Subject],
     population: Adapters,
     alone: Sequence[float],
+    context: Sequence[float],
+    gate: Gate,
     extent: Extent,
 ) -> dict[str, Any]:
     """What one's own turns add to what all people of the file have in common: adapters begun from the
-    population's, against that alone (with context all of them). A stranger's is one begun from the same."""
+    population's, against that alone (with context all of them). A stranger's is one begun from the same.
+    Against context alone they are both together, as a service with a population adapter has them."""
     bench.say(f"training {len(subjects)} adapters from the population's")
     people = [
         _person(s.lesson, n, start) for n, (s, start) in enumerate(zip(subjects, population, strict=True))
@@ -419,9 +427,22 @@ def _from_population(
     own = _trained(bench, people, extent)
     strangers = [_stranger(at, len(subjects)) for at in range(len(subjects))]
     test = [subject.test for subject in subjects]
+    together = _means(bench, own, test)
+    cases = [Case(c, None, s.lesson.gate) for c, s in zip(own, subjects, strict=True)]
+    verdicts = gate.judge(cases, bench.policy.gate)
+    judged = [
+        scaled(candidate, verdict.strength) if verdict.accepted else None
+        for candidate, verdict in zip(own, verdicts, strict=True)
+    ]
+    published = _finished(bench, gate, judged, [s.lesson for s in subjects], extent)
+    gated = _means(bench, published, test)
     return {
-        "own": _against(alone, _means(bench, own, test)),
+        "own": _against(alone, together),
         "swapped": _against(alone, _means(bench, [own[at] for at in strangers], test)),
+        "over context": _against(context, together),
+        "over context, after the gate": _against(context, gated),
+        "harm": _harm(subjects, verdicts, context, together, gated),
+        "drift": _drift(gate.drifts(own), gate.drifts([p for p in published if p]), bench.policy),
     }
 
 

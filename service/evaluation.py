@@ -125,7 +125,8 @@ def table(numbers: dict[str, Any]) -> str:
             f"{name:24} {rows['people']['count']:7} "
             + " ".join(f"{before[key]:7.1%} ->{after[key]:6.1%}" for key in ("worse", "worse_noteworthy"))
             + f" {before['worst_decile']:+8.3f} ->{after['worst_decile']:+6.3f}"
-            + f"   {rows['people']['accepted']} accepted"
+            + f"   {rows['people']['accepted']} accepted, "
+            + f"gain {100 * before['gain_share']:+.2f} ->{100 * after['gain_share']:+.2f} %"
         )
     drift = numbers["drift"]
     lines += [
@@ -153,10 +154,16 @@ def table(numbers: dict[str, Any]) -> str:
         found = numbers["from_population"]
         lines += [
             f"{title}: gain {row['gain']:+.4f} ({100 * row['gain_share']:+.2f} %; "
-            f"{_range(row['gain_interval'])}) over population adapter + context"
-            for title, row in (
-                ("one's own adapter begun from the population's", found["own"]),
-                ("a stranger's adapter begun from the same", found["swapped"]),
+            f"{_range(row['gain_interval'])}) over {what}"
+            for title, row, what in (
+                (
+                    "one's own adapter begun from the population's",
+                    found["own"],
+                    "population adapter + context",
+                ),
+                ("a stranger's adapter begun from the same", found["swapped"], "the same"),
+                ("one's own begun from the population's", found["over context"], "context alone"),
+                ("  after the gate", found["over context, after the gate"], "the same"),
             )
         ]
     if "engine" in numbers:

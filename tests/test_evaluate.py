@@ -80,6 +80,13 @@ def test_every_part_is_measured_as_far_as_the_histories_go(done: Evaluation) -> 
     from_population = numbers["from_population"]
     assert from_population["own"]["gain_interval"][0] > 0.1
     assert from_population["swapped"]["gain"] < from_population["own"]["gain"] - 0.1
+    loss = numbers["loss"]
+    both = from_population["over context"]["gain"]
+    assert both > loss["population adapter + context"]["gain"] + 0.1
+    assert from_population["over context, after the gate"]["gain"] > both + 0.01  # what judged is learned too
+    assert from_population["harm"]["everyone"]["people"] == {"count": 4, "accepted": 4}
+    assert from_population["harm"]["everyone"]["before"]["gain"] == both
+    assert from_population["drift"]["most_published"] <= POLICY.gate.max_drift
     json.dumps(numbers)
 
 
