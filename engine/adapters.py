@@ -224,9 +224,13 @@ class AdapterCache:
         self._trim_host()
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Bring the adapter nearer: into host memory, and onto the device if there is room
-        without evicting.
+        """Bring the adapter nearer: into host memory, and onto the device if there is room without
+        evicting. Where it is already, it becomes the most recently used.
         """
+        if ref in self._host:
+            self._host.move_to_end(ref)
+        if self._pool.wake(ref, "adapter"):
+            self._pool.rest(ref, self._device[ref].resident.slabs, "adapter")
         self._prefetching[ref] = None
         if len(self._prefetching) > MAX_PREFETCHES:
             del self._prefetching[next(iter(self._prefetching))]

@@ -176,6 +176,19 @@ def test_a_prefetch_brings_what_is_in_host_memory_to_the_device_where_room_is_fr
     world.cache.check_integrity([])
 
 
+def test_what_was_prefetched_again_is_not_the_next_to_go() -> None:
+    world = World(slabs=4, host_bytes=200)
+    world.bring(A1, B1)
+    for ref in (A1, B1):
+        world.cache.pin(ref)
+        world.cache.unpin(ref)
+    world.cache.prefetch(A1)
+    world.bring(C1)  # the host holds two
+    world.cache.pin(C1)  # and so does the device
+    assert (world.cache.tier(A1), world.cache.tier(B1)) == ("device", "disk")
+    assert world.pool.resting("adapter") == 2
+
+
 def test_a_full_host_lets_go_of_what_was_used_longest_ago_and_nobody_waits_for() -> None:
     world = World(slabs=1, host_bytes=300)
     world.bring(A1, A2, B1)
