@@ -153,6 +153,7 @@ class Gateway:
         while True:
             try:
                 async with self.deps.store.events() as events:
+                    await self._catch_up()  # with what came while nobody listened, if anyone is here yet
                     async for message in events:
                         await self._tell(message)
             except StoreUnavailable:
@@ -183,7 +184,7 @@ class Gateway:
             self.sockets.tell(user, event)
 
     async def _catch_up(self) -> None:
-        """Announcements were missed: tell everyone here how their refresh stands now."""
+        """Announcements may have been missed: tell everyone here how their refresh stands now."""
         for user in self.sockets.users():
             progress = await self.deps.store.progress(user)
             event = None if progress is None else pushed_event(progress)

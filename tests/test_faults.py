@@ -325,6 +325,37 @@ async def test_a_short_absence_of_redis_in_a_reply_loses_nothing(
     await own_store.close()
 
 
+async def test_sockets_hear_how_a_refresh_stands_though_redis_fails_again_as_they_are_told(
+    service: TinyService, own_store: Store, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, failures = own_store.progress, 0
+
+    async def stalled_once(user: str) -> dict[str, Any] | None:
+        nonlocal failures
+        if failures:
+            return await progress(user)
+        redis_server.stall()
+        try:
+            return await progress(user)
+        finally:
+            failures += 1
+            redis_server.resume()
+
+    monkeypatch.setattr(own_store, "progress", stalled_once)
+    await own_store.publish_progress("ann", {"job_id": "j", "state": "completed"})
+    async with service.gateway(store=own_store) as gateway:
+        headers = gateway.headers("ann")
+        async with websockets.connect(
+            gateway.socket_url, subprotocols=["attune.v1.json"], additional_headers=headers
+        ) as connection:
+            assert json.loads(await connection.recv())["type"] == "session.created"
+            redis_server.kill()
+            redis_server.start()
+            told = json.loads(await asyncio.wait_for(connection.recv(), 15))
+            assert (told["type"], told["job_id"], failures) == ("adapter.refresh.completed", "j", 1)
+    await own_store.close()
+
+
 async def test_a_response_is_not_said_to_be_deleted_while_redis_is_away(
     service: TinyService, own_store: Store, redis_server: RedisServer
 ) -> None:
