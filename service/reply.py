@@ -4,6 +4,7 @@ here."""
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -53,8 +54,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     notice: str | None = None
 
 
+CARRIED_BY = ("type", "event_id", "stream_id")  # fields of a message that say nothing of what is asked
+
+
 def fingerprint(asked: msgspec.Struct) -> str:
-    return hashlib.sha256(json_bytes(asked)).hexdigest()
+    """The same for the same question, on a socket or over HTTP."""
+    fields: dict[str, Any] = msgspec.to_builtins(asked)
+    return hashlib.sha256(
+        json_bytes({name: value for name, value in fields.items() if name not in CARRIED_BY})
+    ).hexdigest()
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -333,6 +333,24 @@ async def test_the_same_event_id_attaches_to_the_reply_it_began(service: TinySer
         assert len(await service.store.turns("ann")) == 2
 
 
+async def test_a_message_sent_again_may_be_sent_another_way(service: TinyService) -> None:
+    """Its stream_id names a lane of one socket, and a client without a socket asks over HTTP."""
+    async with service.gateway() as gateway:
+        async with socket(gateway) as connection:
+            await send(connection, type="response.create", input="x", event_id="once", stream_id="lane 1")
+            reply = (await until(connection, "response.created"))[-1]["response_id"]
+        async with socket(gateway) as connection:
+            await until(connection, "session.created")
+            await send(connection, type="response.create", input="x", event_id="once", stream_id="lane 2")
+            created = await receive(connection)
+            assert (created["response_id"], created["stream_id"]) == (reply, "lane 2")
+        again = await gateway.client("ann").responses.create(
+            model="me", input="x", extra_headers={"idempotency-key": "once"}
+        )
+        assert again.id == reply
+        assert len(await service.store.turns("ann")) == 2
+
+
 async def test_a_reply_that_nobody_listens_to_ends_and_is_kept(service: TinyService) -> None:
     patience = replace(FAST, orphan=0.1)
     async with service.gateway(patience=patience) as gateway:
