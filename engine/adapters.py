@@ -79,6 +79,12 @@ class _OnItsWay:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    packed: Packed
+    seconds: float
+
+
 @dataclass(slots=True)
 class _Failure:
     error: AdapterUnavailable
@@ -134,13 +140,12 @@ class AdapterCache:
         self._copying: dict[AdapterRef, _OnItsWay] = {}  # of those on the device, oldest first
         self._host: OrderedDict[AdapterRef, Packed] = OrderedDict()  # least recently used first
         self._largest_image = 0  # bytes
-        self._loading: dict[AdapterRef, Future[Packed]] = {}
-        self._started: dict[AdapterRef, float] = {}
+        self._loading: dict[AdapterRef, Future[_Read]] = {}
         self._failed: OrderedDict[AdapterRef, _Failure] = OrderedDict()
         self._prefetching: dict[AdapterRef, None] = {}  # asked for by presence, not started; oldest first
         self._needed: dict[AdapterRef, None] = {}  # host copies that waiting requests will use, in order
         # Filled by loader threads; a deque's append and popleft are atomic.
-        self._landed: deque[tuple[AdapterRef, Future[Packed]]] = deque()
+        self._landed: deque[tuple[AdapterRef, Future[_Read]]] = deque()
         pool.on_evicted("adapter", self._on_evicted)
 
     # Asking
@@ -246,15 +251,15 @@ class AdapterCache:
             if self._loading.get(ref) is not future:
                 continue  # forgotten while it was being read
             del self._loading[ref]
-            seconds = self._clock() - self._started.pop(ref)
             error = future.exception()
             if error is not None:
                 self._fail(ref, error)
                 continue
+            read = future.result()
             self.stats.loads += 1
-            self.stats.seconds += seconds
-            self.stats.longest_s = max(self.stats.longest_s, seconds)
-            self._keep_on_host(ref, future.result())
+            self.stats.seconds += read.seconds
+            self.stats.longest_s = max(self.stats.longest_s, read.seconds)
+            self._keep_on_host(ref, read.packed)
         self._start_prefetches()
 
     # The device
@@ -304,7 +309,6 @@ class AdapterCache:
             self.host_bytes -= self._host.pop(ref).image.nbytes
         for ref in [ref for ref in self._loading if ref.id == adapter_id]:
             self._loading.pop(ref).cancel()
-            del self._started[ref]
         for ref in [ref for ref in self._failed if ref.id == adapter_id]:
             del self._failed[ref]
         self._prefetching = {ref: None for ref in self._prefetching if ref.id != adapter_id}
@@ -343,15 +347,19 @@ class AdapterCache:
             if self._is_fresh(failure):
                 return
             del self._failed[ref]
-        future = self._executor.submit(self._load, ref)
+        future = self._executor.submit(self._read, ref)
         self._loading[ref] = future
-        self._started[ref] = self._clock()
         future.add_done_callback(lambda done: self._land(ref, done))
 
     def _is_fresh(self, failure: _Failure) -> bool:
         return self._clock() - failure.at < self._retry_s
 
-    def _land(self, ref: AdapterRef, future: Future[Packed]) -> None:
+    def _read(self, ref: AdapterRef) -> _Read:
+        """Runs in the loader's thread."""
+        started = self._clock()
+        return _Read(self._load(ref), self._clock() - started)
+
+    def _land(self, ref: AdapterRef, future: Future[_Read]) -> None:
         """Runs in the loader's thread, or in ours if the load ended first: only hands over."""
         if not future.cancelled():
             self._landed.append((ref, future))

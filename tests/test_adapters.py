@@ -80,6 +80,7 @@ class World:
             ref: Packed(Shape(2), Bytes(100)) for ref in (A1, A2, B1, C1)
         }
         self.reads: list[AdapterRef] = []
+        self.read_s = 0.0
         self.notified = 0
         self.place_error: Exception | None = None
         self.copies: list[Copying] = []
@@ -101,6 +102,7 @@ class World:
 
     def load(self, ref: AdapterRef) -> Packed:
         self.reads.append(ref)
+        self.now += self.read_s
         found = self.disk[ref]
         if isinstance(found, Exception):
             raise found
@@ -284,6 +286,19 @@ def test_waiting_requests_do_not_evict_each_others_host_copies() -> None:
     assert world.reads == [A1, B1]
     world.bring(C1)
     assert world.cache.tier(C1) == "host"
+
+
+def test_the_time_of_a_load_is_that_of_reading_alone() -> None:
+    world = World()
+    world.read_s = 2.0
+    world.bring(A1, B1)  # the second waits for the first
+    world.now += 5.0
+    world.cache.prefetch(C1)
+    world.readers.run_all()
+    world.now += 5.0  # a long step
+    world.cache.poll()
+    stats = world.cache.stats
+    assert (stats.loads, stats.seconds, stats.longest_s) == (3, 6.0, 2.0)
 
 
 def test_a_failed_load_names_its_adapter_and_cause() -> None:
