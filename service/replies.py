@@ -27,7 +27,7 @@ from personalization.store import (
 from service.errors import Conflict, NotFound, RateLimited, ServerFault, Unavailable
 from service.events import AnyReplyEvent
 from service.metrics import Metrics
-from service.reply import Plan, Reply, read_entry
+from service.reply import Entry, Plan, Reply, read_entry
 from service.store_health import StoreHealth
 
 log = structlog.get_logger(__name__)
@@ -106,10 +106,13 @@ class Replies:
                 )
             )
         except StoreUnavailable:
-            return self._own(Reply(plan, stored=None))
-        if not created:
+            created, stored = True, None
+        else:
+            stored = 0
+        # The same request, sent twice at once, may have begun it here meanwhile.
+        if not created or plan.id in self._replies:
             return await self.find(plan.user, plan.id, plan.fingerprint)
-        return self._own(Reply(plan))
+        return self._own(Reply(plan, stored=stored))
 
     async def find(self, user: str, reply_id: str, same_as: str | None = None) -> Reply:
         """A person's reply, wherever it is or was written. Another person's is as unknown as one that never
@@ -198,17 +201,23 @@ class Replies:
         While the store is away they are shown all the same, and stored with the next ones that can be.
         """
         entries = reply.number(events, tokens)
-        if reply.stored is not None:
-            first = reply.stored
-            unstored = [entry.stored() for entry in (*reply.entries[first:], *entries)]
-            with contextlib.suppress(StoreUnavailable):
-                await self.health.ask(
-                    lambda: self.store.append_response_events(
-                        reply.id, first, unstored, holder=self.holder, ttl_s=self.patience.ttl
-                    )
-                )
-                reply.stored = first + len(unstored)
+        with contextlib.suppress(StoreUnavailable):
+            await self._keep(reply, entries)
         reply.feed(entries)
+
+    async def _keep(self, reply: Reply, entries: Sequence[Entry] = ()) -> None:
+        """Store what could not be stored before, and the next entries. Raises StoreUnavailable, LeaseLost."""
+        if reply.stored is None:
+            return
+        first = reply.stored
+        unstored = [entry.stored() for entry in (*reply.entries[first:], *entries)]
+        if unstored:
+            await self.health.ask(
+                lambda: self.store.append_response_events(
+                    reply.id, first, unstored, holder=self.holder, ttl_s=self.patience.ttl
+                )
+            )
+            reply.stored = first + len(unstored)
 
     # ------------------------------------------------------------ one task per reply
 
@@ -254,8 +263,10 @@ class Replies:
             reply.running = False
 
     async def _finish(self, reply: Reply) -> None:
-        """Tell the store that it is over. Should that fail, the next reader sees it by the last event."""
+        """Tell the store that it is over. Should that fail, the next reader sees it by the last event, or
+        writes what is missing."""
         with contextlib.suppress(StoreUnavailable, UnknownResponse):
+            await self._keep(reply)
             await self._tell_end(reply, ttl_s=self.patience.ttl)
 
     async def _tell_end(self, reply: Reply, *, ttl_s: float) -> None:

@@ -356,6 +356,46 @@ async def test_sockets_hear_how_a_refresh_stands_though_redis_fails_again_as_the
     await own_store.close()
 
 
+async def test_a_reply_whose_last_words_redis_missed_is_kept_whole_once_it_is_back(
+    service: TinyService, own_store: Store, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = own_store.append_response_events
+
+    async def killed_at_the_end(reply_id: str, first: int, events: list[bytes], **more: Any) -> None:
+        if b"response.incomplete" not in events[-1]:
+            return await append(reply_id, first, events, **more)
+        monkeypatch.undo()
+        redis_server.kill()
+        try:
+            await append(reply_id, first, events, **more)
+        finally:
+            redis_server.start()
+
+    monkeypatch.setattr(own_store, "append_response_events", killed_at_the_end)
+    async with service.gateway(store=own_store) as gateway:
+        reply = await gateway.client("ann").responses.create(model="me", input="hello")
+        await gateway.gateway.replies._ended(gateway.gateway.replies._replies[reply.id])
+        assert (await own_store.response("ann", reply.id)).state == "incomplete"
+    async with service.gateway(store=own_store) as gateway:
+        kept = await asyncio.wait_for(gateway.client("ann").responses.retrieve(reply.id), 10)
+        assert kept.output_text == reply.output_text
+    await own_store.close()
+
+
+async def test_a_message_sent_twice_at_once_without_redis_gets_one_reply(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    async with service.gateway(store=own_store, store_patience_s=0.1) as gateway:
+        redis_server.kill()
+        client, key = gateway.client("ann"), {"idempotency-key": "once"}
+        asked = [client.responses.create(model="me", input="hello", extra_headers=key) for _ in range(2)]
+        one, other = await asyncio.gather(*asked)
+        assert (one.id, one.output_text) == (other.id, other.output_text)
+        assert gateway.gateway.metrics.replies.labels(outcome="max_output_tokens")._value.get() == 1
+        redis_server.start()
+    await own_store.close()
+
+
 async def test_a_response_is_not_said_to_be_deleted_while_redis_is_away(
     service: TinyService, own_store: Store, redis_server: RedisServer
 ) -> None:
