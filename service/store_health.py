@@ -41,9 +41,9 @@ class StoreHealth:
 
     async def ask(self, call: Callable[[], Awaitable[T]]) -> T:
         """What `call` answers. Raises StoreUnavailable, and what else `call` raises."""
-        if not await self.back():
-            raise StoreUnavailable("it has been away for a while")
         async with self._slots:
+            if not await self.back():  # it may have gone while this stood in line
+                raise StoreUnavailable("it has been away for a while")
             try:
                 return await call()
             except StoreUnavailable:

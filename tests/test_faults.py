@@ -18,11 +18,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from personalization.history import Turn
-from personalization.store import Store, connect
+from personalization.store import Store, StoreUnavailable, connect
 from personalization.when import When
 from service.metrics import Metrics
 from service.session import NOT_SAVED, SessionOptions
-from service.store_health import StoreHealth
+from service.store_health import CALLS_AT_ONCE, StoreHealth
 from tests.redis_fixture import SECRET, RedisServer
 from tests.tiny_service import FAST, TOKEN_KEY, Running, TinyService
 
@@ -429,6 +429,29 @@ async def test_a_redis_that_a_script_kept_busy_is_found_again(
         assert await health.back(5)
         with pytest.raises(ResponseError):
             await endless
+    await health.close()
+    await own_store.close()
+
+
+async def test_who_stood_in_line_as_redis_went_does_not_wait_for_it_too(
+    own_store: Store, redis_server: RedisServer
+) -> None:
+    health, asked = StoreHealth(own_store, Metrics(), patience_s=0.0), 0
+
+    async def ping() -> None:
+        nonlocal asked
+        asked += 1
+        await own_store.ping()
+
+    redis_server.stall()
+    outcomes = await asyncio.gather(
+        *(health.ask(ping) for _ in range(3 * CALLS_AT_ONCE)), return_exceptions=True
+    )
+    assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
+    assert asked == CALLS_AT_ONCE
+    redis_server.resume()
+    assert await health.back(5)
+    await health.ask(ping)
     await health.close()
     await own_store.close()
 
