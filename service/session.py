@@ -339,13 +339,16 @@ class Session:
         return model.version
 
     async def _versions_below(self, user: str, bad: int) -> list[int]:
-        """Accepted versions older than a bad one, newest first; none while the store is away."""
+        """Accepted versions older than a bad one, newest first; none while the store is away. None newer than
+        the one that serves either: those were taken back, or not tried to the end."""
         try:
+            serving = (await self.health.ask(lambda: self.store.pointer(user))).version
             records = await self.health.ask(lambda: self.store.versions(user))
         except StoreUnavailable:
             return []
+        most = min(bad - 1, serving)
         return sorted(
-            (record.version for record in records if record.usable and record.version < bad), reverse=True
+            (record.version for record in records if record.usable and record.version <= most), reverse=True
         )
 
     async def _conversation(

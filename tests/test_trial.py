@@ -238,6 +238,21 @@ async def test_both_versions_answer_and_after_enough_replies_the_new_one_alone(s
             assert reply.metadata["adapter_version"] == "2"
 
 
+async def test_where_the_version_on_trial_cannot_be_loaded_the_one_that_serves_answers(service: TinyService):
+    """And not one between them, which the person took back."""
+    await service.give_adapter("ann", 1)
+    await service.give_adapter("ann", 2)
+    assert await service.store.compare_and_set("ann", 2, 1)
+    tried = await service.store.next_version("ann")
+    await service.store.add_version("ann", VersionRecord(tried, 1, NOW, True, "better"))  # but has no files
+    assert await service.store.begin_trial("ann", 1, tried, 1.0)
+    async with service.gateway() as gateway:
+        reply = await gateway.client("ann").responses.create(model="me", input="hello", max_output_tokens=1)
+        assert reply.metadata is not None
+        assert reply.metadata["adapter_version"] == "1"
+        assert f"version {tried} could not be loaded, version 1 answered" in reply.metadata["notice"]
+
+
 async def test_complaints_on_the_socket_roll_it_back(service: TinyService):
     async with trying(service, 0.5) as gateway:
         await service.store.append("ann", [said(n, 1 + n % 2) for n in range(4)])
