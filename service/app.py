@@ -184,7 +184,9 @@ class Gateway:
             self.sockets.tell(user, event)
 
     async def _catch_up(self) -> None:
-        """Announcements may have been missed: tell everyone here how their refresh stands now."""
+        """Announcements may have been missed: forget who was forgotten, and tell everyone here how their
+        refresh stands now."""
+        await self.session.forget_the_forgotten()
         for user in self.sockets.users():
             progress = await self.deps.store.progress(user)
             event = None if progress is None else pushed_event(progress)

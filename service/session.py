@@ -318,6 +318,13 @@ class Session:
     def forget(self, user: str) -> None:
         self._remembered.pop(user, None)
 
+    async def forget_the_forgotten(self) -> None:
+        """Nobody may have said here that someone was forgotten: ask of everyone known. Raises
+        StoreUnavailable."""
+        for user, known in list(self._remembered.items()):
+            if (await self.store.pointer(user)).epoch != known.pointer.epoch:
+                self.forget(user)
+
     async def _version(
         self, user: str, model: ModelName, asked: str, pointer: Pointer, reply_name: str
     ) -> int:

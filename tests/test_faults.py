@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -353,6 +354,30 @@ async def test_sockets_hear_how_a_refresh_stands_though_redis_fails_again_as_the
             redis_server.start()
             told = json.loads(await asyncio.wait_for(connection.recv(), 15))
             assert (told["type"], told["job_id"], failures) == ("adapter.refresh.completed", "j", 1)
+    await own_store.close()
+
+
+async def test_a_forget_that_a_gateway_did_not_hear_of_leaves_nothing_in_its_memory(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    async def forget() -> None:
+        store = Store(connect(redis_server.url), SECRET)
+        async with Redis.from_url(redis_server.url) as redis:
+            await redis.client_kill_filter(_type="pubsub")
+        await store.forget("ann")
+        await store.close()
+
+    async with service.gateway(store=own_store) as gateway:
+        remembered = gateway.gateway.session._remembered
+        for user in ("ann", "ben"):
+            await gateway.client(user).responses.create(model="me", input="hello", max_output_tokens=1)
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(asyncio.run, forget()).result()  # the gateway does nothing meanwhile
+        for _ in range(100):
+            if "ann" not in remembered:
+                break
+            await asyncio.sleep(0.1)
+        assert list(remembered) == ["ben"]
     await own_store.close()
 
 
