@@ -2,11 +2,10 @@
 
 The reader only reads: uvicorn stops reading while a message lies unread, and with it pongs. The actor does
 what the messages ask, in order. The writer takes events from a bounded outbox. A closed socket cancels none
-of its replies."""
+of its replies, nor what was asked before it closed."""
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,8 +112,7 @@ class Socket:
     conversation: str | None = None  # of the newest message; the next one goes on with it
     _outbox: Outbox = field(default_factory=Outbox)
     _listening: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    _inbox: deque[dict[str, Any]] = field(default_factory=deque)
-    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _inbox: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     _overflow: asyncio.Event = field(default_factory=asyncio.Event)
     _prefetched_at: float = float("-inf")
 
@@ -171,8 +169,10 @@ class Socket:
         await self._prefetch()
 
     async def _end(self, done: set[asyncio.Task[None]]) -> None:
-        """Close as the task that ended first says."""
+        """Close as the task that ended first says. What a client said before it left is still acted on."""
         error = next((task.exception() for task in done if task.exception() is not None), None)
+        if isinstance(error, WebSocketDisconnect):
+            await self._inbox.join()
         if error is None or isinstance(error, WebSocketDisconnect):
             return
         if isinstance(error, _Close):
@@ -227,18 +227,15 @@ class Socket:
                 fields = self.codec.decode(message["bytes"] if frame is None else frame)
             except MalformedFrame as error:
                 raise _Close(error.close_code, str(error)[:120]) from None
-            if len(self._inbox) >= MAX_UNHANDLED:
+            if self._inbox.qsize() >= MAX_UNHANDLED:
                 raise _Close(protocol.TOO_MANY, "messages come faster than they can be acted on")
-            self._inbox.append(fields)
-            self._arrived.set()
+            self._inbox.put_nowait(fields)
 
     async def _act(self) -> None:
         """Messages one after the other, in the order they came; the reader does not wait for this."""
         while True:
-            while self._inbox:
-                await self._handle(self._inbox.popleft())
-            self._arrived.clear()
-            await self._arrived.wait()
+            await self._handle(await self._inbox.get())
+            self._inbox.task_done()
 
     async def _handle(self, fields: dict[str, Any]) -> None:
         """Do what one message asks. What goes wrong is answered with an error event; the socket stays

@@ -308,6 +308,20 @@ async def test_a_reply_outlives_its_socket_and_is_resumed_exactly(service: TinyS
         assert len(text(seen)) == 200
 
 
+async def test_what_was_said_right_before_the_socket_closed_is_answered(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        async with socket(gateway) as connection:
+            await until(connection, "session.created")
+            await send(connection, type="response.create", input="one", conversation="c")
+            await send(connection, type="response.create", input="two", conversation="c")
+        for _ in range(100):
+            if len(turns := await service.store.turns("ann")) == 4:
+                break
+            await asyncio.sleep(0.1)
+        assert [turn.text for turn in turns if turn.role == "user"] == ["one", "two"]
+        assert [turn.role for turn in turns].count("assistant") == 2
+
+
 async def test_a_finished_reply_is_replayed_from_any_number(service: TinyService) -> None:
     async with service.gateway() as gateway, socket(gateway) as connection:
         await send(connection, type="response.create", input="x")
