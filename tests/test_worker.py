@@ -199,6 +199,47 @@ async def test_who_asks_leaves_the_queue_before_those_who_did_not_in_the_order_o
     assert (await queue_stats(queue)).queued == 0
 
 
+async def test_who_asks_for_what_the_night_had_asked_for_need_not_wait_for_the_night(
+    queue: RefreshQueue, store: Store
+):
+    for user, reason in (("ann", "nightly"), ("bob", "turns"), ("cid", "asked")):
+        await store.append(user, talk(user, 5))
+        await request_refresh(queue, store, user, reason)
+    before = await queue.job(job_key(store, "bob"))
+    joined = await request_refresh(queue, store, "bob", "asked")
+    assert before is not None
+    assert before.kwargs is not None
+    assert joined.job_id == before.kwargs["job_id"]
+    await request_refresh(queue, store, "cid", "asked")  # once more, and stays where it is
+    jobs = [await queue.dequeue(timeout=1) for _ in range(3)]
+    assert [job and job.key for job in jobs] == [job_key(store, user) for user in ("cid", "bob", "ann")]
+    ann = jobs[2]
+    assert ann is not None
+    assert ann.kwargs is not None
+    await request_refresh(queue, store, "ann", "asked")  # which a worker has by now
+    assert (await queue_stats(queue)).queued == 0
+    await ann.update()  # its heartbeat
+    assert ann.kwargs["reason"] == "asked"
+    await ann.finish(Status.COMPLETE)
+    stored = await queue.job(ann.key)
+    assert stored is not None
+    assert stored.status == Status.COMPLETE
+
+
+async def test_what_somebody_asked_for_is_tried_again_before_what_nobody_asked_for(
+    queue: RefreshQueue, store: Store
+):
+    for user, reason in (("ann", "asked"), ("bob", "nightly")):
+        await store.append(user, talk(user, 5))
+        await request_refresh(queue, store, user, reason, jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    await job.retry("cancelled")  # as when the worker is started anew
+    await until(queue.schedule)
+    jobs = [await queue.dequeue(timeout=1) for _ in range(2)]
+    assert [job and job.key for job in jobs] == [job_key(store, user) for user in ("ann", "bob")]
+
+
 def finished(queue: RefreshQueue, store: Store, user: str) -> Callable[[], Awaitable[Any]]:
     async def look() -> Any:
         job = await queue.job(job_key(store, user))
