@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -577,3 +577,21 @@ async def test_the_night_asks_for_whose_version_came_of_one_that_saw_what_was_ta
     await store.compare_and_set("ann", 3, 0)
     await cancel_jobs(queue, store, "ann")
     assert await run_nightly(context) == 0
+
+
+async def test_the_night_begins_at_its_hour_after_the_clocks_were_put_forward_too(
+    settings: WorkerSettings, queue: RefreshQueue, monkeypatch: pytest.MonkeyPatch
+):
+    now = datetime.now(UTC)
+    change = now + timedelta(hours=1)  # from then on the local time is an hour ahead of UTC
+    first, last = change.timetuple().tm_yday - 1, (change + timedelta(days=60)).timetuple().tm_yday - 1
+    monkeypatch.setenv("TZ", f"AAA0BBB,{first}/{change:%H:%M},{last}")
+    time.tzset()
+    hour = (now + timedelta(hours=4)).replace(minute=0, second=0, microsecond=0)
+    try:
+        async with working(dataclasses.replace(settings, nightly_hour=hour.hour)):
+            job = await until(lambda: queue.job("cron:run_nightly"))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert job.scheduled == (hour - timedelta(hours=1)).timestamp()
