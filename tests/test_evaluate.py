@@ -142,6 +142,14 @@ def test_one_person_alone_is_measured_without_strangers(bench: Bench) -> None:
     assert numbers["loss"]["adapter + context"]["gain"] > 0
 
 
+def test_someone_whose_oldest_turns_may_not_be_learned_is_measured_all_the_same(bench: Bench) -> None:
+    turns = [dataclasses.replace(turn, removed=place < 30) for place, turn in enumerate(talk("ann", 60))]
+    extent = dataclasses.replace(EXTENT, stacks=(), curve=())
+    done = evaluate({"ann": turns}, bench, extent)
+    assert done.numbers["in_a_row"]["from zero"]["loss_on_the_oldest"] is None
+    assert "loss on the oldest turns none" in table(done.numbers)
+
+
 def test_nobody_with_enough_turns_is_said(bench: Bench) -> None:
     with pytest.raises(NothingToMeasure, match=r"expected someone with 20 turns .* got 1 people without"):
         evaluate({"few": talk("few", 12)}, bench, EXTENT)
