@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import random
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -174,6 +177,11 @@ def test_the_command_measures_a_file_and_writes_its_page(tmp_path: Path) -> None
     numbers = json.loads(told)
     assert (numbers["people"], numbers["people_in_file"], numbers["bad_lines"]) == (2, 2, 1)
     assert plots.read_text().startswith("<!doctype html>")
+    lost = [sys.executable, "-m", "service.cli", "evaluate", str(file), *options, "--page", str(tmp_path)]
+    on_cpu = os.environ | {"ATTUNE_DEVICE": "cpu"}
+    done = subprocess.run(lost, capture_output=True, text=True, check=False, timeout=120, env=on_cpu)
+    assert done.returncode == 1  # no page can be a folder; what was measured is told before
+    assert json.loads(done.stdout.splitlines()[-1])["loss"] == numbers["loss"]
     file.write_text("")
     error = attune("evaluate", str(file), *options, code=2, ATTUNE_DEVICE="cpu")
     assert "expected someone with 50 turns to learn" in error
