@@ -617,7 +617,7 @@ def _in_a_row(
         found[name] = {
             "gain": round(statistics.fmean(gains), 4),
             "interval": interval(gains),
-            "loss_on_the_oldest": round(statistics.fmean(old), 4),
+            "loss_on_the_oldest": round(statistics.fmean(old), 4) if old else None,
         }
     return found
 

@@ -30,9 +30,13 @@ COUNTS = "attune:refresh:counts"
 DEAD_KEPT = 1000
 WEEK_S = 7 * 24 * 3600
 
-# KEYS: the queue. ARGV: a job's id. Moves it, if it waits there, behind those that were asked for, which
-# stand first; the queue may be long, so their end is looked for by halves.
+# KEYS: the queue, the jobs that have not ended. ARGV: a job's id. Marks it as asked for and moves it, if it
+# waits in the queue, behind the others that were, which stand first; the queue may be long, so their end is
+# looked for by halves.
 _AHEAD = """
+local mine = redis.call('GET', ARGV[1])
+if not mine or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then return end
+redis.call('SET', ARGV[1], (string.gsub(mine, '"reason": "%a+"', '"reason": "asked"', 1)))
 if redis.call('LREM', KEYS[1], -1, ARGV[1]) == 0 then return end
 local first, past = 0, redis.call('LLEN', KEYS[1])
 while first < past do
@@ -87,8 +91,9 @@ async def request_refresh(
     jobs: JobPolicy | None = None,
     scheduled: int = 0,
 ) -> Requested:
-    """Ask for a refresh of `user`; a second request while the first is under way joins it. One for now takes
-    the place of one for later that has not begun.
+    """Ask for a refresh of `user`; a second request while the first is under way joins it, and puts it ahead
+    if somebody asks for what nobody had asked for. One for now takes the place of one for later that has not
+    begun.
 
     `reason`: asked | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0 for now.
     """
@@ -112,9 +117,9 @@ async def request_refresh(
     if earlier is not None and not scheduled and earlier.scheduled > time.time():
         await queue.erase(key)
         queued = await queue.enqueue(job)
+    if reason == "asked" and (queued or earlier is None or not _is_asked(earlier)):
+        await queue.put_ahead(key)
     if queued:
-        if reason == "asked":
-            await queue.put_ahead(job)
         await tell(store, job, {"state": "queued", "progress": 0.0})
         return Requested(job_id, "queued")
     earlier = await queue.job(key)
@@ -173,8 +178,12 @@ async def tell(store: Store, job: Job, message: dict[str, Any]) -> None:
         log.warning("refresh.not_told", reason=error.reason)
 
 
+def _is_asked(job: Job) -> bool:
+    return (job.kwargs or {}).get("reason") == "asked"
+
+
 class RefreshQueue(RedisQueue):
-    """SAQ's queue, with five differences.
+    """SAQ's queue, with six differences.
 
     sweep     SAQ's own takes a job for lost that is in the active list without being marked active. Every job
               is, between leaving the queue and its worker's first word, and a worker that starts sweeps just
@@ -183,6 +192,7 @@ class RefreshQueue(RedisQueue):
     dequeue   one task at a time blocks on Redis, not one connection for each of a batch's jobs.
     bury      a job that failed for good becomes a dead letter.
     put_ahead a job that somebody asked for leaves the queue before those that nobody did.
+    schedule  the same when its time has come to be tried again.
     """
 
     def __init__(self, redis: Any, name: str = QUEUE) -> None:
@@ -200,9 +210,17 @@ class RefreshQueue(RedisQueue):
                 await asyncio.sleep(0.5)  # Redis is away; SAQ would ask again at once
                 return None
 
-    async def put_ahead(self, job: Job) -> None:
-        """Let a job that waits leave the queue as soon as all who asked before have left it."""
-        await self.client.eval(_AHEAD, 1, self._queued, job.id)
+    async def put_ahead(self, key: str) -> None:
+        """Somebody asked for this job: let it leave the queue once all who asked before have left it."""
+        await self.client.eval(_AHEAD, 2, self._queued, self._incomplete, self.job_id(key))
+
+    async def schedule(self, lock: int = 1) -> list[str]:
+        due = await super().schedule(lock)
+        for key in map(self.job_key_from_id, due):
+            job = await self.job(key)
+            if job is not None and _is_asked(job):
+                await self.put_ahead(key)
+        return due
 
     async def sweep(self, lock: int = 60, abort: float = 5.0) -> list[str]:
         """Run lost jobs again, or end them when they were tried often enough. Returns their ids."""
@@ -270,13 +288,17 @@ class RefreshQueue(RedisQueue):
                 await self.client.lrem(DEAD, 0, entry)
 
     async def _is_current(self, job: Job) -> bool:
-        """Whether the stored job is this one, not a later one under the same key, and not erased."""
+        """Whether the stored job is this one, not a later one under the same key, and not erased. If somebody
+        has asked for it meanwhile, `job` knows from now on."""
         stored = await self.job(job.key)
-        return stored is not None and stored.kwargs == job.kwargs
+        if stored is None or (stored.kwargs or {}).get("job_id") != (job.kwargs or {}).get("job_id"):
+            return False
+        job.kwargs = stored.kwargs
+        return True
 
-    async def _update(self, job: Job, status: Status | None = None, **kwargs: Any) -> None:
+    async def update(self, job: Job, **kwargs: Any) -> None:
         if await self._is_current(job):
-            await super()._update(job, status, **kwargs)
+            await super().update(job, **kwargs)
 
     async def _retry(self, job: Job, error: str | None) -> None:
         if await self._is_current(job):

@@ -3,7 +3,8 @@ store → examples → train → gate → publish.
 
 It starts from the serving version, unless the person has since taken out a turn that this one learned from:
 then from the newest version that has not seen such a turn (see `lineage.py`), and the serving one is left
-whatever the gate says.
+whatever the gate says. If that version cannot be carried on, as when the base model is another one now, the
+next one is learned anew, from all turns.
 
 Many people share one training batch. Each one's end is their own: a history that cannot be read or a full
 disk fails that person and nobody else.
@@ -38,7 +39,7 @@ from personalization.publish import (
 )
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.train import Recipe
-from personalization.trainer import Judged, Judging, Progress, Task, Trainer
+from personalization.trainer import Judged, Judging, Progress, Stranded, Task, Trainer
 from personalization.trial import ended
 from personalization.when import EXPECTED, curve
 
@@ -135,21 +136,22 @@ class Kit:
 class _Prepared:
     user: str
     pointer: Pointer
-    start: int  # the version that is carried on; another than the pointer's when that one is marked
+    start: int  # the version that is carried on; 0: none
+    instead: int  # what answers if nothing better comes; another than the pointer's when that one is marked
     population: int  # the population adapter to begin with where no version is carried on
     task: Task
     lesson: "Lesson"
     expected_gain: float
 
 
-async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End) -> None:
+async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, anew: bool = False) -> None:
     """Refresh everyone in `users`, in one batch. `say` gets progress, `end` each person's outcome as soon as
-    it is there.
+    it is there. `anew`: no version is carried on; a batch of those whose version cannot be comes by itself.
 
     Raises TrainerDied when the batch broke off; those who have not come to an end then were not changed.
     """
     prepared: dict[str, _Prepared] = {}
-    for user, got in zip(users, await _each(users, lambda user: _prepare(user, kit)), strict=True):
+    for user, got in zip(users, await _each(users, lambda user: _prepare(user, kit, anew)), strict=True):
         if isinstance(got, Outcome):
             await end(got)
         else:
@@ -158,6 +160,7 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End) -> None:
     if not prepared:
         return
 
+    stranded: list[str] = []
     training = set(prepared)
     tasks = [each.task for each in prepared.values()]
     policy = kit.policy
@@ -172,9 +175,14 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End) -> None:
                 training.difference_update(event.ids)
                 for task_id in event.ids:
                     await say(prepared[task_id].user, {"state": "gating", "progress": 1.0})
+            elif isinstance(event, Stranded):
+                training.discard(event.id)
+                stranded.append(prepared[event.id].user)
             else:
                 each = prepared[event.id]
                 await end(await _attempt(each.user, _conclude(each, event, kit)))
+    if stranded:
+        await refresh(stranded, kit, say, end, anew=True)
 
 
 async def _each(users: Sequence[str], work: Callable[[str], Awaitable[_Result]]) -> list[_Result | Outcome]:
@@ -198,13 +206,14 @@ async def _attempt(user: str, work: Awaitable[_Result]) -> _Result | Outcome:
         return Outcome(user, "failed", reason=str(error), code="refresh_failed", error=error)
 
 
-async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
+async def _prepare(user: str, kit: Kit, anew: bool) -> _Prepared | Outcome:
     """What there is to learn for one person, or why nothing is learned now."""
     pointer = await kit.store.pointer(user)
     turns = await kit.store.turns(user)
     records = await kit.store.versions(user)
     learnable = {turn.id for turn in turns if learned(turn)}
-    start = lineage.start(records, learnable, pointer.version)
+    instead = lineage.start(records, learnable, pointer.version)
+    start = 0 if anew else instead
     if pointer.trial is not None and pointer.trial.version in lineage.marks(records, learnable):
         await kit.store.end_trial(user, ended(pointer, "taken out", kit.clock()), epoch=pointer.epoch)
         pointer = replace(pointer, trial=None)
@@ -212,8 +221,8 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     found, needed = len(lesson.all_turns), kit.policy.minimum_turns
     if found < needed:
         reason = f"not enough turns yet: {found} of {needed} to learn from"
-        if start != pointer.version:
-            return await _leave(user, pointer, start, kit, reason)
+        if instead != pointer.version:
+            return await _leave(user, pointer, instead, kit, reason)
         return Outcome(
             user,
             "failed",
@@ -225,14 +234,14 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     if not lesson.train:
         await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
         reason = f"nothing new to learn since version {start}"
-        if start != pointer.version:
-            return await _leave(user, pointer, start, kit, reason)
-        return Outcome(user, "completed", before=start, after=start, reason=reason)
+        if instead != pointer.version:
+            return await _leave(user, pointer, instead, kit, reason)
+        return Outcome(user, "completed", before=instead, after=instead, reason=reason)
     new = len(set(lesson.all_turns) - _known(turns, records, start, kit.policy))
     if start and (needed := 2 * kit.policy.gate.min_turns) > new:  # half of them are held out to judge by
         reason = f"not enough new turns since version {start}: {new} of {needed} to learn from"
-        if start != pointer.version:
-            return await _leave(user, pointer, start, kit, reason)
+        if instead != pointer.version:
+            return await _leave(user, pointer, instead, kit, reason)
         return Outcome(user, "failed", before=start, after=start, reason=reason, code="not_enough_turns")
     adapter_id = kit.store.adapter_id(user)
     population, shared = newest(kit.population)
@@ -246,7 +255,7 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
         newest=lesson.newest,
     )
     expected = curve(len(lesson.all_turns)) - curve(len(lesson.all_turns) - new)
-    return _Prepared(user, pointer, start, population, task, lesson, expected)
+    return _Prepared(user, pointer, start, instead, population, task, lesson, expected)
 
 
 async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:
@@ -282,7 +291,7 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
     )
     after = pointer.version
     # What the person wants gone does not answer beside the new version, not even for a while.
-    share = kit.policy.trial_share if prepared.start == pointer.version else 0.0
+    share = kit.policy.trial_share if prepared.instead == pointer.version else 0.0
     if verdict.accepted:
         try:
             after = await publish(kit.shelf, kit.store, user, judged.weights, origin, pointer, share=share)
@@ -294,8 +303,8 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
     else:
         await note_refusal(kit.store, user, origin, pointer)
     await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
-    if not verdict.accepted and prepared.start != pointer.version:
-        return replace(await _leave(user, pointer, prepared.start, kit, verdict.reason), numbers=numbers)
+    if not verdict.accepted and prepared.instead != pointer.version:
+        return replace(await _leave(user, pointer, prepared.instead, kit, verdict.reason), numbers=numbers)
     return Outcome(
         user,
         "completed",

@@ -72,9 +72,9 @@ class TrainerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One person's refresh: rows to train on and to judge by, the serving version's folder if any. `start`:
-    the adapter to begin with when nothing serves yet. `newest`: rows of the turns that judge it, learned once
-    it was accepted."""
+    """One person's refresh: rows to train on and to judge by, the folder of the version that is carried on if
+    any. `start`: the adapter to begin with when none is. `newest`: rows of the turns that judge it, learned
+    once it was accepted."""
 
     id: str
     train: Sequence[Example]
@@ -97,6 +97,13 @@ class Judging:
     """These people's training is done; the gate looks at them now."""
 
     ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stranded:
+    """The version that this person's task carries on cannot be: unreadable, or made for another base."""
+
+    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +144,9 @@ class Trainer:
         policy: GatePolicy,
         *,
         finish: Recipe | None = None,
-    ) -> AsyncGenerator[Progress | Judging | Judged, None]:
-        """Train and judge `tasks`; every one of them ends in a Judged. Raises TrainerDied. `finish`: how the
-        newest turns of those accepted are learned; None: not at all.
+    ) -> AsyncGenerator[Progress | Judging | Stranded | Judged, None]:
+        """Train and judge `tasks`; every one of them ends in a Judged, or in a Stranded. Raises TrainerDied.
+        `finish`: how the newest turns of those accepted are learned; None: not at all.
 
         Leaving the iterator early, or being cancelled in it, ends the process: what it computes is wanted no
         more.
@@ -306,7 +313,14 @@ def _run_batch(
     at_once = request["people_at_once"]
     if base.lender is not None and base.lender.is_busy:
         at_once = people_at_once(model.config, recipe, at_once)
-    learners = [_learner(_unpack_task(task), model) for task in request["tasks"]]
+    learners: list[_Learner] = []
+    for task in map(_unpack_task, request["tasks"]):
+        serving = _read_adapter(task.serving, model)
+        if serving is None and task.serving is not None:
+            send({"kind": "stranded", "id": task.id})
+        else:
+            start = _read_adapter(task.start, model) if serving is None else None
+            learners.append(_Learner(task, serving, start))
     people = [learner.person() for learner in learners]
     for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=_progress(send)):
         send({"kind": "judging", "ids": [learners[index].task.id for index in stack]})
@@ -393,13 +407,8 @@ def _numbers(trained: Trained, verdict: Verdict) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value == value}
 
 
-def _learner(task: Task, model: LoadedModel) -> _Learner:
-    serving = _read_serving(task.serving, model)
-    return _Learner(task, serving, _read_serving(task.start, model) if serving is None else None)
-
-
-def _read_serving(folder: Path | None, model: LoadedModel) -> LoraWeights | None:
-    """A version to go on from, or None if that cannot be: unreadable, or made for another base."""
+def _read_adapter(folder: Path | None, model: LoadedModel) -> LoraWeights | None:
+    """An adapter to go on from, or None if that cannot be: unreadable, or made for another base."""
     if folder is None:
         return None
     try:
@@ -530,11 +539,13 @@ def _pack_judged(judged: Judged) -> dict[str, Any]:
     }
 
 
-def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Judged:
+def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Stranded | Judged:
     if message["kind"] == "progress":
         return Progress(message["share"])
     if message["kind"] == "judging":
         return Judging(tuple(message["ids"]))
+    if message["kind"] == "stranded":
+        return Stranded(message["id"])
     return Judged(
         message["id"],
         _unpack_weights(message["weights"]),

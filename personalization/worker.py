@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from dateutil.tz import tzlocal
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from saq import CronJob, Job, Status, Worker
@@ -349,7 +350,7 @@ async def run_worker(settings: WorkerSettings) -> None:
         functions=[run_refresh],
         concurrency=settings.gather_people,
         cron_jobs=_nightly(settings),
-        cron_tz=datetime.now().astimezone().tzinfo or UTC,
+        cron_tz=tzlocal(),  # type: ignore[no-untyped-call]  # an offset would stay when summer time begins
         startup=start,
         after_process=after_job,
         timers=PartialTimersDict(sweep=settings.sweep_s, schedule=1, abort=1, worker_info=10),

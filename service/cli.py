@@ -413,11 +413,11 @@ def evaluate_command(
             )
     except NothingToMeasure as error:
         raise operations.Refused(str(error)) from None
-    page.write_text(evaluation.page(done), encoding="utf-8")
-    say(f"the plots are in {page}")
     if not as_json:
         print(evaluation.table(done.numbers))
-    print(json.dumps(done.numbers))
+    print(json.dumps(done.numbers), flush=True)
+    page.write_text(evaluation.page(done), encoding="utf-8")  # last: it may have no place
+    say(f"the plots are in {page}")
 
 
 @app.command("forget")

@@ -180,8 +180,8 @@ def table(numbers: dict[str, Any]) -> str:
     if "in_a_row" in numbers:
         found = numbers["in_a_row"]
         lines += [
-            f"{title}: gain {row['gain']:+.4f} ({_range(row['interval'])}), "
-            f"loss on the oldest turns {row['loss_on_the_oldest']:.4f}"
+            f"{title}: gain {row['gain']:+.4f} ({_range(row['interval'])}), loss on the oldest turns "
+            + ("none" if row["loss_on_the_oldest"] is None else format(row["loss_on_the_oldest"], ".4f"))
             for title, row in (
                 (f"{found['refreshes']} refreshes in a row", found["in a row"]),
                 ("one refresh from zero", found["from zero"]),

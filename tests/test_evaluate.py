@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import random
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -142,6 +145,14 @@ def test_one_person_alone_is_measured_without_strangers(bench: Bench) -> None:
     assert numbers["loss"]["adapter + context"]["gain"] > 0
 
 
+def test_someone_whose_oldest_turns_may_not_be_learned_is_measured_all_the_same(bench: Bench) -> None:
+    turns = [dataclasses.replace(turn, removed=place < 30) for place, turn in enumerate(talk("ann", 60))]
+    extent = dataclasses.replace(EXTENT, stacks=(), curve=())
+    done = evaluate({"ann": turns}, bench, extent)
+    assert done.numbers["in_a_row"]["from zero"]["loss_on_the_oldest"] is None
+    assert "loss on the oldest turns none" in table(done.numbers)
+
+
 def test_nobody_with_enough_turns_is_said(bench: Bench) -> None:
     with pytest.raises(NothingToMeasure, match=r"expected someone with 20 turns .* got 1 people without"):
         evaluate({"few": talk("few", 12)}, bench, EXTENT)
@@ -166,6 +177,11 @@ def test_the_command_measures_a_file_and_writes_its_page(tmp_path: Path) -> None
     numbers = json.loads(told)
     assert (numbers["people"], numbers["people_in_file"], numbers["bad_lines"]) == (2, 2, 1)
     assert plots.read_text().startswith("<!doctype html>")
+    lost = [sys.executable, "-m", "service.cli", "evaluate", str(file), *options, "--page", str(tmp_path)]
+    on_cpu = os.environ | {"ATTUNE_DEVICE": "cpu"}
+    done = subprocess.run(lost, capture_output=True, text=True, check=False, timeout=120, env=on_cpu)
+    assert done.returncode == 1  # no page can be a folder; what was measured is told before
+    assert json.loads(done.stdout.splitlines()[-1])["loss"] == numbers["loss"]
     file.write_text("")
     error = attune("evaluate", str(file), *options, code=2, ATTUNE_DEVICE="cpu")
     assert "expected someone with 50 turns to learn" in error

@@ -230,6 +230,26 @@ async def test_the_next_refresh_carries_the_version_on_and_then_there_is_nothing
 
 
 @on_one_loop
+async def test_on_another_base_model_all_is_learned_anew_and_not_only_what_is_new(kit: Kit, store: Store):
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, 40))
+    await run(["ann", "bob"], kit)
+    meta = kit.shelf.root / store.adapter_id("ann") / "1" / "attune.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"base_hash": "another"}))
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, 10, first=40))
+    ended, said = await run(["ann", "bob"], kit)
+    assert {user: outcome.state for user, outcome in ended.items()} == dict.fromkeys(ended, "completed")
+    (_, ann), (_, bob) = await store.versions("ann"), await store.versions("bob")
+    assert (ann.parent, bob.parent) == (0, 1)
+    first = (await store.versions("ann"))[0]
+    assert ann.numbers["trained_tokens"] > first.numbers["trained_tokens"] > bob.numbers["trained_tokens"]
+    assert ann.accepted
+    assert (await store.pointer("ann")).version == 2
+    assert [message["state"] for user, message in said if user == "ann"][-1] == "gating"
+
+
+@on_one_loop
 async def test_a_candidate_that_is_not_better_leaves_its_numbers_and_the_pointer(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
     never = dataclasses.replace(POLICY, gate=dataclasses.replace(POLICY.gate, min_gain=50.0))

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,47 @@ async def test_who_asks_leaves_the_queue_before_those_who_did_not_in_the_order_o
         job_key(store, user) for user in ("cid", "dan", "ann", "bob")
     ]
     assert (await queue_stats(queue)).queued == 0
+
+
+async def test_who_asks_for_what_the_night_had_asked_for_need_not_wait_for_the_night(
+    queue: RefreshQueue, store: Store
+):
+    for user, reason in (("ann", "nightly"), ("bob", "turns"), ("cid", "asked")):
+        await store.append(user, talk(user, 5))
+        await request_refresh(queue, store, user, reason)
+    before = await queue.job(job_key(store, "bob"))
+    joined = await request_refresh(queue, store, "bob", "asked")
+    assert before is not None
+    assert before.kwargs is not None
+    assert joined.job_id == before.kwargs["job_id"]
+    await request_refresh(queue, store, "cid", "asked")  # once more, and stays where it is
+    jobs = [await queue.dequeue(timeout=1) for _ in range(3)]
+    assert [job and job.key for job in jobs] == [job_key(store, user) for user in ("cid", "bob", "ann")]
+    ann = jobs[2]
+    assert ann is not None
+    assert ann.kwargs is not None
+    await request_refresh(queue, store, "ann", "asked")  # which a worker has by now
+    assert (await queue_stats(queue)).queued == 0
+    await ann.update()  # its heartbeat
+    assert ann.kwargs["reason"] == "asked"
+    await ann.finish(Status.COMPLETE)
+    stored = await queue.job(ann.key)
+    assert stored is not None
+    assert stored.status == Status.COMPLETE
+
+
+async def test_what_somebody_asked_for_is_tried_again_before_what_nobody_asked_for(
+    queue: RefreshQueue, store: Store
+):
+    for user, reason in (("ann", "asked"), ("bob", "nightly")):
+        await store.append(user, talk(user, 5))
+        await request_refresh(queue, store, user, reason, jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    await job.retry("cancelled")  # as when the worker is started anew
+    await until(queue.schedule)
+    jobs = [await queue.dequeue(timeout=1) for _ in range(2)]
+    assert [job and job.key for job in jobs] == [job_key(store, user) for user in ("ann", "bob")]
 
 
 def finished(queue: RefreshQueue, store: Store, user: str) -> Callable[[], Awaitable[Any]]:
@@ -536,3 +577,21 @@ async def test_the_night_asks_for_whose_version_came_of_one_that_saw_what_was_ta
     await store.compare_and_set("ann", 3, 0)
     await cancel_jobs(queue, store, "ann")
     assert await run_nightly(context) == 0
+
+
+async def test_the_night_begins_at_its_hour_after_the_clocks_were_put_forward_too(
+    settings: WorkerSettings, queue: RefreshQueue, monkeypatch: pytest.MonkeyPatch
+):
+    now = datetime.now(UTC)
+    change = now + timedelta(hours=1)  # from then on the local time is an hour ahead of UTC
+    first, last = change.timetuple().tm_yday - 1, (change + timedelta(days=60)).timetuple().tm_yday - 1
+    monkeypatch.setenv("TZ", f"AAA0BBB,{first}/{change:%H:%M},{last}")
+    time.tzset()
+    hour = (now + timedelta(hours=4)).replace(minute=0, second=0, microsecond=0)
+    try:
+        async with working(dataclasses.replace(settings, nightly_hour=hour.hour)):
+            job = await until(lambda: queue.job("cron:run_nightly"))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert job.scheduled == (hour - timedelta(hours=1)).timestamp()
