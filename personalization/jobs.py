@@ -30,6 +30,16 @@ COUNTS = "attune:refresh:counts"
 DEAD_KEPT = 1000
 WEEK_S = 7 * 24 * 3600
 
+# KEYS: the dead letters, the counts. ARGV: a letter, the id of its job, how many are kept.
+_BURY = """
+for _, letter in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do
+  if cjson.decode(letter).job_id == ARGV[2] then return end
+end
+redis.call('LPUSH', KEYS[1], ARGV[1])
+redis.call('LTRIM', KEYS[1], 0, ARGV[3] - 1)
+redis.call('HINCRBY', KEYS[2], 'dead', 1)
+"""
+
 # KEYS: the queue, the jobs that have not ended. ARGV: a job's id. Marks it as asked for and moves it, if it
 # waits in the queue, behind the others that were, which stand first; the queue may be long, so their end is
 # looked for by halves.
@@ -264,7 +274,8 @@ class RefreshQueue(RedisQueue):
                 await (self.on_lost or self.bury)(job)
 
     async def bury(self, job: Job) -> None:
-        """Keep a job that failed for good, without anything a person wrote, unless it was erased."""
+        """Keep a job that failed for good, without anything a person wrote, unless it was erased. Once: its
+        worker and the one that takes it for lost may both come to its end."""
         if not await self._is_current(job):
             return
         kwargs = job.kwargs or {}
@@ -276,11 +287,8 @@ class RefreshQueue(RedisQueue):
             "error": reason,
             "at": datetime.now(UTC).isoformat(),
         }
-        async with self.client.pipeline(transaction=True) as pipe:
-            pipe.lpush(DEAD, json.dumps(letter))
-            pipe.ltrim(DEAD, 0, DEAD_KEPT - 1)
-            pipe.hincrby(COUNTS, "dead", 1)
-            await pipe.execute()
+        job_id = str(kwargs.get("job_id"))
+        await self.client.eval(_BURY, 2, DEAD, COUNTS, json.dumps(letter), job_id, DEAD_KEPT)
 
     async def forget_letters(self, adapter_id: str) -> None:
         for entry in await self.client.lrange(DEAD, 0, -1):

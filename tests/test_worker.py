@@ -336,6 +336,21 @@ async def test_a_job_that_always_fails_ends_as_a_dead_letter(
     assert again.job_id != requested.job_id
 
 
+async def test_a_job_that_two_workers_bury_is_one_dead_letter(queue: RefreshQueue, store: Store):
+    """Its own, and one that took it for lost as the first was late."""
+    await store.append("ann", talk("ann", 5))
+    for _ in range(2):
+        await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+        job = await queue.dequeue(timeout=1)
+        assert job is not None
+        for _ in range(2):
+            await queue.bury(job)
+        await job.finish(Status.FAILED, error="the disk is full")
+    first, second = await dead_letters(queue)
+    assert first["job_id"] != second["job_id"]
+    assert (await queue_stats(queue)).dead == 2
+
+
 async def test_who_breaks_the_training_process_fails_alone(
     settings: WorkerSettings, queue: RefreshQueue, store: Store
 ):
