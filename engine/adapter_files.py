@@ -31,13 +31,32 @@ from engine.tensor_files import (
 from engine.weights import module_path
 
 __all__ = [
-    "MAX_RANK", "AdapterError", "DuplicateTensor", "LoraModule", "LoraWeights", "MissingAdapterFile",
-    "MissingTensor", "NotFinite", "NotSafetensors", "RankOutOfRange", "TooLarge", "TooManyTensors",
-    "UnknownTensor", "UnsafePath", "UnsupportedAdapter", "WrongShape", "read_adapter", "version_folder",
+    "MAX_RANK",
+    "META_FILE",
+    "AdapterError",
+    "DuplicateTensor",
+    "LoraModule",
+    "LoraWeights",
+    "MissingAdapterFile",
+    "MissingTensor",
+    "NotFinite",
+    "NotSafetensors",
+    "OtherBase",
+    "RankOutOfRange",
+    "TooLarge",
+    "TooManyTensors",
+    "UnknownTensor",
+    "UnsafePath",
+    "UnsupportedAdapter",
+    "WrongShape",
+    "check_base",
+    "read_adapter",
+    "version_folder",
     "write_adapter",
 ]  # fmt: skip
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+META_FILE = "attune.json"  # where a version comes from
 MAX_RANK = 256
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_PATTERNS = 4096
@@ -109,6 +128,15 @@ class RankOutOfRange(AdapterError):
 
     def __init__(self, where: str, got: object) -> None:
         super().__init__(f"{where}: expected a rank from 1 to {MAX_RANK}, got {got!r:.100}")
+        self.got = got
+
+
+class OtherBase(AdapterError):
+    """The adapter was made for another base model: `expected` and `got`, as hashes."""
+
+    def __init__(self, expected: str, got: object) -> None:
+        super().__init__(f"expected an adapter for the base {expected:.12}, got one for {got!r:.100}")
+        self.expected = expected
         self.got = got
 
 
@@ -184,6 +212,23 @@ def read_adapter(
     pairs = _pair_up(specs, config)
     settings.check_targets(pairs, config)
     return LoraWeights(tuple(_read_modules(_Tensors(path, specs), pairs, settings, config, dtype)))
+
+
+def check_base(folder: Path, base_hash: str) -> None:
+    """Raises OtherBase if META_FILE names another base than this one: here the adapter would change replies
+    in ways that nobody has judged. A folder without that file may be for any."""
+    try:
+        text = (folder / META_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise MissingAdapterFile(folder / META_FILE, str(error)) from error
+    try:
+        got = json.loads(text)["base_hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MissingAdapterFile(folder / META_FILE, "no JSON object that names its base") from error
+    if got != base_hash:
+        raise OtherBase(base_hash, got)
 
 
 def write_adapter(

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.adapter_files import LoraWeights, read_adapter, version_folder
+from engine.adapter_files import LoraWeights, check_base, read_adapter, version_folder
 from engine.adapters import AdapterCache, Copy
 from engine.batch import Batch, build_batch
 from engine.config import ConfigError, EngineConfig
@@ -217,6 +217,7 @@ class Engine:
 
         def read_file(ref: AdapterRef) -> LoraWeights:
             folder = version_folder(adapter_root, ref.id, ref.version)
+            check_base(folder, model.base_hash)
             return read_adapter(folder, model.config, dtype=None)
 
         def load(ref: AdapterRef) -> PackedAdapter:

@@ -22,12 +22,18 @@ from typing import Any
 
 import torch
 
-from engine.adapter_files import AdapterError, LoraWeights, read_adapter, version_folder, write_adapter
+from engine.adapter_files import (
+    META_FILE,
+    AdapterError,
+    LoraWeights,
+    read_adapter,
+    version_folder,
+    write_adapter,
+)
 from engine.model import ModelConfig
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.trial import ended
 
-META_FILE = "attune.json"
 _ASIDE = ".aside-"
 FREE_BYTES_FLOOR = 256 << 20
 # A folder without a record may be one that somebody is just publishing; after so long it is a leftover.

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from engine.adapter_files import AdapterError, LoraModule, LoraWeights, read_adapter
+from engine.adapter_files import META_FILE, AdapterError, LoraModule, LoraWeights, read_adapter
 from engine.lending import Borrowed, NothingLent, trainer_bytes
 from engine.weights import LoadedModel, load_model
 from personalization.finish import Accepted, finish
@@ -31,7 +31,6 @@ from personalization.gate import Case, Gate, GatePolicy, Verdict, scaled
 from personalization.neutral import neutral_rows
 from personalization.pacing import SHARE, Pacer, people_at_once
 from personalization.prompt import Example, Renderer
-from personalization.publish import META_FILE
 from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, Trained, best_dtype, train_stacks
 
 _PR_SET_PDEATHSIG = 1

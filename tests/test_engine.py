@@ -2,6 +2,7 @@
 nothing but its request.
 """
 
+import json
 import random
 import shutil
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from engine.adapter_files import LoraModule, LoraWeights, version_folder, write_adapter
+from engine.adapter_files import META_FILE, LoraModule, LoraWeights, version_folder, write_adapter
 from engine.config import ConfigError, EngineConfig
 from engine.engine import (
     ContextExceeded,
@@ -386,6 +387,20 @@ def test_a_bad_adapter_hurts_only_its_own_request(build: Build, broken: AdapterR
     assert str(broken) in (replies.finished["broken"].message or "")
     assert replies.tokens["broken"] == []
     assert all(replies.finished[request.id].reason == "length" for request in MIXED)
+
+
+def test_an_adapter_answers_on_the_base_it_was_made_for_alone(
+    build: Build, model: LoadedModel, adapters: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "adapters"
+    shutil.copytree(adapters / ADA.id, root / ADA.id)
+    meta = version_folder(root, ADA.id, ADA.version) / META_FILE
+    engine = build(root, failed_load_retry_s=0.0)
+    for text in ('{"base_hash": "another"}', "[]", "{"):
+        meta.write_text(text)
+        assert answer(engine, MIXED[1]).finished["ada"].error_code == "adapter_unavailable", text
+    meta.write_text(json.dumps({"base_hash": model.base_hash}))
+    assert answer(engine, MIXED[1]).tokens["ada"] == alone(build, MIXED[1])
 
 
 def test_an_adapter_that_was_missing_is_found_once_it_is_there(
