@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 ADAPTER_UNAVAILABLE = "adapter_unavailable"
 ENGINE_UNAVAILABLE = "engine_unavailable"
 POLL_S = 0.1
+MOST_LOSSES = 5  # engines in a row that were lost before a word: then it may be the reply that ends them
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Generation:
 
     async def events(self) -> AsyncGenerator[TokensEvent | FellBack | FinishedEvent, None]:
         """What the engine says of this reply, its deaths left out. The last event is a FinishedEvent."""
-        plan = self._reply.plan
-        while True:
+        plan, losses = self._reply.plan, 0
+        while losses < MOST_LOSSES:
             if len(self._writing.tokens) >= plan.max_tokens:  # taken over after its last token
                 yield self._ended("length")
                 return
@@ -86,6 +87,7 @@ class Generation:
                                 return
                             continue
                         if isinstance(event, TokensEvent):
+                            losses = 0
                             self._note(len(event.token_ids))
                         if not self._bad_adapter(event):
                             yield event
@@ -98,8 +100,10 @@ class Generation:
                 if self._is_cut:
                     yield self.stopped_here()
                     return
-                log.warning("the engine was lost during a reply", response_id=self._reply.id)
+                losses += 1
+                log.warning("the engine was lost during a reply", response_id=self._reply.id, losses=losses)
                 self._metrics.resubmitted.inc()
+        yield self._failed(f"the engine was lost {losses} times without a word of this reply")
 
     async def cut(self) -> None:
         """At a stop string, which the engine knows nothing of: no more tokens; the end tells its numbers."""
@@ -185,12 +189,15 @@ class Generation:
     def _stopped_waiting(self) -> FinishedEvent:
         if self._reply.cancelled.is_set():
             return self._ended("cancelled")
+        return self._failed(f"the engine did not come back within {self._patience_s:.0f} s")
+
+    def _failed(self, message: str) -> FinishedEvent:
         return FinishedEvent(
             request_id=self._reply.id,
             reason="error",
             usage=self._usage(),
             error_code=ENGINE_UNAVAILABLE,
-            message=f"the engine did not come back within {self._patience_s:.0f} s",
+            message=message,
         )
 
     def _as_cut(self, event: FinishedEvent) -> FinishedEvent:

@@ -18,6 +18,7 @@ import websockets
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from engine.engine import Engine
 from personalization.history import Turn
 from personalization.store import Store, StoreUnavailable, connect
 from personalization.when import When
@@ -230,6 +231,37 @@ async def test_a_reply_goes_on_when_the_engine_died_in_the_middle(service: TinyS
         assert seen[-1].response.output_text == expected
         assert [event.sequence_number for event in seen] == list(range(len(seen)))
         assert gateway.gateway.metrics.resubmitted._value.get() == 1
+
+
+async def test_a_reply_that_ends_every_engine_is_given_up(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def breaks(engine: Engine) -> Any:
+        if engine.has_work:
+            raise MemoryError
+        return step(engine)
+
+    async def restart() -> None:
+        while True:
+            with suppress(MemoryError, ExceptionGroup):
+                await service.engine.ended()
+            await service.engine.start()
+
+    async with service.gateway() as gateway:
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, "step", breaks)
+            restarting = asyncio.create_task(restart())
+            failed = await asyncio.wait_for(gateway.client("ann").responses.create(model="me", input="x"), 30)
+            restarting.cancel()
+        assert failed.status == "failed"
+        assert failed.error is not None
+        assert str(failed.error.code) == "engine_unavailable"
+        assert failed.error.message == "the engine was lost 5 times without a word of this reply"
+        await service.engine.stop()
+        await service.engine.start()
+        assert (await gateway.client("ann").responses.create(model="me", input="y")).output_text
 
 
 async def test_a_reply_waits_for_an_engine_and_gives_up_in_the_end(service: TinyService) -> None:

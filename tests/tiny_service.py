@@ -154,6 +154,11 @@ class EngineProcess:
             waiting.cancel()
             await self._task
 
+    async def ended(self) -> None:
+        """Until it ends by itself, with what it ended with."""
+        assert self._task is not None
+        await asyncio.shield(self._task)
+
     async def check(self) -> None:
         """Every page is where the books say, once nothing runs."""
         if self._task is not None and not self._task.done():
