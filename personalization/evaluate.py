@@ -454,7 +454,8 @@ def _stranger(place: int, people: int) -> int:
 def _selection(
     bench: Bench, subjects: Sequence[Subject], candidates: Adapters, extent: Extent
 ) -> dict[str, Any]:
-    """hits@1: the true next message has the lowest loss per token among it and nine that others said."""
+    """hits@1: the true next message has the lowest loss per token among it and nine that others said; of each
+    person's questions, then of people."""
     chooser = random.Random(extent.seed)
     groups: list[list[Example]] = []
     owners: list[int] = []
@@ -485,8 +486,11 @@ def _selection(
         losses = losses_of_many(
             bench.model, [(adapters[at], rows) for at, rows in zip(owners, groups, strict=True)]
         )
-        hits = [_lowest([float(row.mean()) for row in group]) == 0 for group in losses]
-        found[name] = {"hits_at_1": _share(hits), "interval": interval([float(hit) for hit in hits])}
+        of_people: dict[int, list[bool]] = {}
+        for at, group in zip(owners, losses, strict=True):
+            of_people.setdefault(at, []).append(_lowest([float(row.mean()) for row in group]) == 0)
+        shares = [statistics.fmean(hits) for hits in of_people.values()]
+        found[name] = {"hits_at_1": round(statistics.fmean(shares), 4), "interval": interval(shares)}
     return found
 
 
