@@ -22,7 +22,7 @@ import torch
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from engine.adapter_files import LoraModule, LoraWeights
-from engine.weights import read_config
+from engine.weights import load_model, read_config
 from personalization.publish import Origin, Shelf, note_refusal, publish
 from personalization.store import Store, connect
 from service import demo_model
@@ -422,7 +422,7 @@ def give_version(
         pointer = await store.pointer(user)
         origin = Origin(
             base_model="demo",
-            base_hash="",
+            base_hash=load_model(demo_model.path()).base_hash,
             created_at=datetime.now(UTC),
             reason="better: measured" if accepted else "no measurable change yet: measured",
             parent=pointer.version,
