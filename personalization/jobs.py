@@ -17,6 +17,7 @@ import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from saq import Job, Status
+from saq.job import TERMINAL_STATUSES
 from saq.queue.redis import RedisQueue
 
 from personalization.store import HistoryForgotten, Store, StoreUnavailable
@@ -193,12 +194,15 @@ def _is_asked(job: Job) -> bool:
 
 
 class RefreshQueue(RedisQueue):
-    """SAQ's queue, with six differences.
+    """SAQ's queue, with seven differences.
 
     sweep     SAQ's own takes a job for lost that is in the active list without being marked active. Every job
               is, between leaving the queue and its worker's first word, and a worker that starts sweeps just
-              then; it also waits 5 s for each lost job, one after another. Ours wants to see the same twice.
+              then; it also waits 5 s for each lost job, one after another. Ours wants to see the same twice,
+              at the same attempt.
     erase     takes a job out whatever its state; what its worker still writes of it is dropped.
+    attempts  one that was taken for lost too early, and still goes on, writes nothing once a later one has
+              begun or the job has ended; an ended job is in the queue no more.
     dequeue   one task at a time blocks on Redis, not one connection for each of a batch's jobs.
     bury      a job that failed for good becomes a dead letter.
     put_ahead a job that somebody asked for leaves the queue before those that nobody did.
@@ -208,17 +212,21 @@ class RefreshQueue(RedisQueue):
     def __init__(self, redis: Any, name: str = QUEUE) -> None:
         super().__init__(redis, name=name)
         self.client: Any = redis  # redis-py's types say that a call may not be awaitable
-        self._suspects: set[bytes] = set()
+        self._suspects: set[tuple[bytes, int]] = set()  # job ids, each with its attempts so far
         self._turn_to_wait = asyncio.Lock()
         self.on_lost: Callable[[Job], Awaitable[None]] | None = None  # a job lost at every attempt
 
     async def dequeue(self, timeout: float = 0.0, poll_interval: float = 0.0) -> Job | None:
         async with self._turn_to_wait:
             try:
-                return await super().dequeue(timeout, poll_interval)
+                job = await super().dequeue(timeout, poll_interval)
             except (RedisConnectionError, RedisTimeoutError):
                 await asyncio.sleep(0.5)  # Redis is away; SAQ would ask again at once
                 return None
+        if job is not None and job.status in TERMINAL_STATUSES:  # as it left the queue
+            await self.client.lrem(self._active, 1, job.id)
+            return None
+        return job
 
     async def put_ahead(self, key: str) -> None:
         """Somebody asked for this job: let it leave the queue once all who asked before have left it."""
@@ -237,12 +245,13 @@ class RefreshQueue(RedisQueue):
         if not await self.client.set(self._sweep, 1, ex=max(1, int(lock)), nx=True):
             return []
         swept: list[str] = []
-        unmarked: set[bytes] = set()
+        unmarked: set[tuple[bytes, int]] = set()
         for job_id in await self.client.lrange(self._active, 0, -1):
             job = await self._get_job_by_id(job_id)
             marked = job is not None and job.status in (Status.ACTIVE, Status.ABORTING)
-            if not marked and job_id not in self._suspects:
-                unmarked.add(job_id)
+            suspect = (job_id, 0 if job is None else job.attempts)
+            if not marked and suspect not in self._suspects:
+                unmarked.add(suspect)
             elif job is None:
                 await self._drop(job_id)
                 swept.append(job_id.decode())
@@ -304,16 +313,24 @@ class RefreshQueue(RedisQueue):
         job.kwargs = stored.kwargs
         return True
 
+    async def _may_write(self, job: Job) -> bool:
+        """Whether `job` is the stored one, at its newest attempt, and has not ended."""
+        stored = await self.job(job.key)
+        if stored is None or stored.attempts > job.attempts or stored.status in TERMINAL_STATUSES:
+            return False
+        return await self._is_current(job)
+
     async def update(self, job: Job, **kwargs: Any) -> None:
-        if await self._is_current(job):
+        if await self._may_write(job):
             await super().update(job, **kwargs)
 
     async def _retry(self, job: Job, error: str | None) -> None:
-        if await self._is_current(job):
+        if await self._may_write(job):
             await super()._retry(job, error)
 
     async def _finish(
         self, job: Job, status: Status, *, result: Any = None, error: str | None = None
     ) -> None:
-        if await self._is_current(job):
+        if await self._may_write(job):
+            await self.client.lrem(self._queued, 0, job.id)
             await super()._finish(job, status, result=result, error=error)

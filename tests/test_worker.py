@@ -479,6 +479,69 @@ async def test_the_sweep_brings_back_a_job_whose_worker_never_said_a_word(queue:
     assert (await queue_stats(queue)).active == 0
 
 
+async def begun(queue: RefreshQueue) -> Job:
+    """The next job, in the hands of a worker."""
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    await job.update(status=Status.ACTIVE, started=int(time.time() * 1000), attempts=job.attempts + 1)
+    return job
+
+
+async def test_the_sweep_does_not_take_the_next_attempt_for_the_one_it_suspected(
+    queue: RefreshQueue, store: Store
+):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=dataclasses.replace(JOBS, retry_delay=0.0))
+    first = await queue.dequeue(timeout=1)
+    assert first is not None
+    assert await queue.sweep(lock=1) == []
+    await first.update(status=Status.ACTIVE, started=int(time.time() * 1000), attempts=1)
+    await first.retry("it failed")
+    assert await queue.dequeue(timeout=1) is not None
+    await asyncio.sleep(1.1)
+    assert await queue.sweep(lock=1) == []
+    await asyncio.sleep(1.1)
+    assert await queue.sweep(lock=1) == [first.id]
+
+
+async def test_an_attempt_that_was_taken_for_lost_too_early_changes_nothing_of_the_next_one(
+    queue: RefreshQueue, store: Store
+):
+    await store.append("ann", talk("ann", 5))
+    jobs = dataclasses.replace(JOBS, retries=2, retry_delay=0.0)
+    requested = await request_refresh(queue, store, "ann", "asked", jobs=jobs)
+    slow = await begun(queue)
+    slow.touched = 1
+    await queue.retry(slow, "the worker was lost")
+    last = await begun(queue)
+    await slow.retry("cancelled")
+    await slow.finish(Status.COMPLETE)
+    stats = await queue_stats(queue)
+    assert (stats.queued, stats.active) == (0, 1)
+    await last.finish(Status.FAILED, error="it failed")
+    await slow.update()
+    await slow.retry("cancelled")
+    await last.retry("cancelled")
+    stored = await queue.job(job_key(store, "ann"))
+    assert stored is not None
+    assert stored.status == Status.FAILED
+    again = await request_refresh(queue, store, "ann", "asked", jobs=jobs)
+    assert again.job_id != requested.job_id
+
+
+async def test_a_job_that_ended_while_it_stood_in_line_again_is_not_run(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=dataclasses.replace(JOBS, retry_delay=0.0))
+    slow = await begun(queue)
+    await queue.retry(slow, "the worker was lost")
+    await slow.finish(Status.COMPLETE)
+    assert (await queue_stats(queue)).queued == 0
+    await queue.client.rpush(queue.namespace("queued"), slow.id)  # as one that left the queue just before
+    assert await queue.dequeue(timeout=1) is None
+    stats = await queue_stats(queue)
+    assert (stats.queued, stats.active) == (0, 0)
+
+
 async def test_a_job_lost_at_every_attempt_ends_as_a_dead_letter(queue: RefreshQueue, store: Store):
     await store.append("ann", talk("ann", 5))
     await request_refresh(queue, store, "ann", "asked", jobs=dataclasses.replace(JOBS, retries=1))
