@@ -19,6 +19,7 @@ from personalization.train import Recipe
 
 SHARE = 0.13  # what is left to those who wait makes their words come 15 % later at most
 _NAP_S = 0.0005
+_LAUNCH_S = 0.01  # the most that the host takes to launch a layer
 _MOST_TOKENS = 16_384
 
 
@@ -61,7 +62,7 @@ class Pacer:
 
     def pause(self) -> None:
         """Wait for the device; while the engine is busy also rest."""
-        last, self._last = self._last, self._mark()
+        called, last, self._last = self._clock(), self._last, self._mark()
         if not self._busy():
             # One layer ahead of the device, so that it never waits for the host.
             if last is not None:
@@ -70,7 +71,9 @@ class Pacer:
             return
         self._last.synchronize()
         now = self._clock()
-        until = now + (now - self._resumed) * (1 / self._share - 1)
+        # What the host did between two layers for itself, or between two refreshes, cost the device nothing.
+        worked = now - max(self._resumed, called - _LAUNCH_S)
+        until = now + worked * (1 / self._share - 1)
         while (left := until - self._clock()) > 0 and self._busy():
             self._sleep(min(left, _NAP_S))
         self._resumed = self._clock()

@@ -75,6 +75,16 @@ def test_a_rest_ends_when_nobody_waits_any_more() -> None:
     assert world.now == pytest.approx(1.5, abs=0.01)
 
 
+def test_what_the_host_does_between_two_layers_is_not_rested_for() -> None:
+    world = World(busy_until=10_000.0)
+    pacer = world.pacer(share=0.25)
+    pacer.pause()
+    world.slept = 0.0
+    world.now += 1000.0  # nothing was being learned
+    pacer.pause()
+    assert world.slept == pytest.approx(3.0, abs=0.1)
+
+
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="share: expected above 0 and at most 1"):
