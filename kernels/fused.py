@@ -18,7 +18,7 @@ from kernels.lora import LoraRows, expand_row, expand_row_pair
 from kernels.programs import allow_next, can_overlap, launch_options, wait
 
 COLUMNS = 512  # of a row, per program
-RANKS = 16  # rank rows of B in one read
+RANKS = 8  # rank rows of B in one read
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,16 @@ def _resolve_kernel(
         tl.store(scales + out + i, bits.to(tl.int32).to(tl.float32, bitcast=True), mask=is_i)
 
 
+@triton.jit
+def _item(items, offsets, scales, at, work, total, chunks):
+    """(code, offset, scale) of the item of one piece of work; offset -1 for one beyond the last."""
+    item = work // chunks
+    is_work = work < total
+    code = tl.load(items + item, mask=is_work, other=0)
+    offset = tl.load(offsets + at + item, mask=is_work, other=-1)
+    return code, offset, tl.load(scales + at + item, mask=is_work, other=0.0)
+
+
 @triton.jit(do_not_specialize=["at"])
 def _shrink_rows_kernel(
     x,
@@ -132,13 +142,13 @@ def _shrink_rows_kernel(
     total = tl.load(num_items) * chunks
     r = tl.arange(0, 8)
     work = tl.program_id(0)
+    code, offset, scale = _item(items, offsets, scales, at, work, total, chunks)
     while work < total:
-        item = work // chunks
-        chunk = work - item * chunks
-        code = tl.load(items + item)
-        offset = tl.load(offsets + at + item)
-        scale = tl.load(scales + at + item)
+        # Where the next tile lies is asked for while this one is fetched.
+        following = work + tl.num_programs(0)
+        next_code, next_offset, next_scale = _item(items, offsets, scales, at, following, total, chunks)
         if offset >= 0:
+            chunk = work % chunks
             k = chunk * CHUNK + tl.arange(0, CHUNK)
             a = tl.load(arena + offset + r[:, None] * K + k[None, :], mask=k[None, :] < K, other=0.0)
             segment = code >> 16
@@ -151,7 +161,7 @@ def _shrink_rows_kernel(
                 xs = tl.load(x + here * stride_x + k, mask=k < K, other=0.0)
                 u = tl.sum(a.to(tl.float32) * xs.to(tl.float32)[None, :], axis=1) * scale
                 tl.store(v + chunk * stride_split + here * stride_v + column + r, u)
-        work += tl.num_programs(0)
+        work, code, offset, scale = following, next_code, next_offset, next_scale
     wait(PDL)  # also where there was nothing to do: what follows may only start when all before has ended
 
 
@@ -199,9 +209,11 @@ def expand_row(
     b = load_b(arena, offsets, j, columns, is_column, width)
     wait(PDL)
     u = load_v(v, stride_split, splits, place, j, offsets >= 0, SPLITS)
+    # In each turn, where the next tile lies is asked for while this one is fetched.
+    following = rank_offsets(table, stride, count, entry, RANKS + j)
     y = tl.sum(u[:, None] * b.to(tl.float32), axis=0)
     for begin in range(RANKS, count * 8, RANKS):
-        offsets = rank_offsets(table, stride, count, entry, begin + j)
+        offsets, following = following, rank_offsets(table, stride, count, entry, begin + RANKS + j)
         b = load_b(arena, offsets, j, columns, is_column, width)
         u = load_v(v, stride_split, splits, place, begin + j, offsets >= 0, SPLITS)
         y += tl.sum(u[:, None] * b.to(tl.float32), axis=0)
@@ -229,11 +241,14 @@ def expand_row_pair(
     wait(PDL)
     u_0 = load_v(v, stride_split, splits, place_0, j, offsets_0 >= 0, SPLITS)
     u_1 = load_v(v, stride_split, splits, place_1, j, offsets_1 >= 0, SPLITS)
+    following_0 = rank_offsets(table, stride, count_0, entry_0, RANKS + j)
+    following_1 = rank_offsets(table, stride, count_1, entry_1, RANKS + j)
     y_0 = tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
     y_1 = tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
     for begin in range(RANKS, tl.maximum(count_0, count_1) * 8, RANKS):
-        offsets_0 = rank_offsets(table, stride, count_0, entry_0, begin + j)
-        offsets_1 = rank_offsets(table, stride, count_1, entry_1, begin + j)
+        offsets_0, offsets_1 = following_0, following_1
+        following_0 = rank_offsets(table, stride, count_0, entry_0, begin + RANKS + j)
+        following_1 = rank_offsets(table, stride, count_1, entry_1, begin + RANKS + j)
         b_0 = load_b(arena, offsets_0, j, columns_0, is_column_0, width)
         b_1 = load_b(arena, offsets_1, j, columns_1, is_column_1, width)
         u_0 = load_v(v, stride_split, splits, place_0, begin + j, offsets_0 >= 0, SPLITS)
@@ -414,8 +429,8 @@ def shrink_prompts(
         rows.prompt_first_row, rows.prompt_row_count, rows.prompt_segment, rows.num_prompt_tiles,
         rows.tables, rows.tile_strides, rows.tiles,
         layer, num_layers, first_module, num_modules, x.shape[1],
-        ROWS=PROMPT_ROWS, RANKS=16, BLOCK_K=min(128, CHUNK), CHUNK=CHUNK, PRECISION="ieee", PDL=False,
-        num_warps=4, num_stages=4,
+        ROWS=PROMPT_ROWS, RANKS=16, BLOCK_K=min(256 // x.element_size(), CHUNK), CHUNK=CHUNK,
+        PRECISION="ieee", PDL=False, num_warps=4, num_stages=4,
     )  # fmt: skip
 
 
