@@ -173,15 +173,16 @@ def bench_decode(table: Table, name: str, lengths: list[int], sizes: Sizes) -> N
     count, scale = len(lengths), sizes.dim**-0.5
     q = torch.randn(count, sizes.heads, sizes.dim, dtype=sizes.dtype, device=device)
     out = torch.empty_like(q)
-    chosen = attention.num_splits(count, sizes.kv_heads, max(lengths), device)
+    plan = attention.DecodePlan.make(count, sizes.kv_heads, sizes.dim, sizes.dtype, max(lengths), device)
+    chosen, default = plan.splits, plan.config
     most = 2 * chosen
     space = torch.empty(count * most * sizes.heads * (sizes.dim + 1), dtype=torch.float32, device=device)
-    default = attention.decode_config(sizes.dim, sizes.dtype)
     plans = [(chosen, default)]
     if not table.tiny:
         plans += [(splits, default) for splits in (chosen // 2, most) if splits]
         plans += [
-            (chosen, AttentionConfig(*how)) for how in ((32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 3))
+            (chosen, AttentionConfig(*how))
+            for how in ((32, 2, 2), (32, 4, 4), (64, 4, 2), (128, 4, 1), (128, 4, 2), (128, 8, 3))
         ]
     for splits, config in plans:
 

@@ -22,6 +22,7 @@ from engine.model import (
 )
 from engine.step_inputs import StepInputs
 from kernels import attention, fused, linear, lora, sampling
+from kernels.attention import DecodePlan
 from kernels.fused import Adapters, Product
 from kernels.lora import ItemPlaces
 
@@ -38,7 +39,7 @@ class StepShape:
     singles: int
     has_prompts: bool
     lora_groups: tuple[str, ...]  # of modules that some adapter of the step changes
-    splits: int  # of each sequence's context, in the attention of decode rows
+    attention: DecodePlan  # of decode rows
     sampled: int  # padded rows to draw a token for
 
 
@@ -77,7 +78,7 @@ class GpuDecoder:
         self._gated = buffer(tokens, config.intermediate_size)
         self._whole = buffer(tokens * max(out for out, _ in widths.values()))
         self._plans = {
-            (rows, group): linear.default_plan(rows, *widths[group], device)
+            (rows, group): linear.default_plan(rows, *widths[group], dtype, device)
             for rows in _skinny_buckets()
             for group in GROUPS
         }
@@ -182,7 +183,8 @@ class GpuDecoder:
             attention.decode_attention(
                 self._q[: shape.singles], self._slabs, layer, column["block_list"], column["block_start"],
                 column["single_lens"], scale, window,
-                splits=shape.splits, workspace=self._attention_space, out=self._mixed[: shape.singles],
+                splits=shape.attention.splits, config=shape.attention.config,
+                workspace=self._attention_space, out=self._mixed[: shape.singles],
             )  # fmt: skip
         if shape.has_prompts:
             tiles = -(-shape.tokens // self._inputs.limits.query_rows) + self._inputs.limits.rows

@@ -24,6 +24,7 @@ from engine.model import GROUPS
 from engine.step_inputs import Limits, StepInputs
 from engine.weights import LoadedModel
 from kernels import attention
+from kernels.attention import DecodePlan
 
 Graph = torch.cuda.CUDAGraph
 _LIKELY_CONTEXT = 4096
@@ -161,23 +162,28 @@ class GpuRunner:
         """Steps without adapters, and with those of any kind that was seen or that learning makes: first the
         decode steps, then those with prompts. Longer contexts come in more splits."""
         most = self._row_buckets[-1]
-        heads, device = self._decoder.config.num_kv_heads, self._arena.device
         longest = min(_LIKELY_CONTEXT, self._decoder.config.max_position_embeddings)
-        lengths = [1 << power for power in range(longest.bit_length())]
+        lengths = [(1 << power) + more for power in range(longest.bit_length()) for more in (0, 1)]
 
-        def splits(rows: int) -> list[int]:
-            return sorted({attention.num_splits(rows, heads, length, device) for length in lengths})
+        def plans(rows: int) -> list[DecodePlan]:
+            return list(dict.fromkeys(self._attention(rows, length) for length in lengths))
 
         for rows in self._row_buckets:
-            for parts in splits(rows):
+            for plan in plans(rows):
                 for groups in self._groups:
-                    yield StepShape(rows, rows, False, groups, parts, rows)
+                    yield StepShape(rows, rows, False, groups, plan, rows)
         for tokens in self._token_buckets:
             for singles in (0, most):
-                for parts in splits(singles) if singles else (1,):
+                for plan in plans(singles) if singles else [self._attention(0, 0)]:
                     for groups in self._groups:
                         if tokens >= singles:
-                            yield StepShape(tokens, singles, True, groups, parts, most)
+                            yield StepShape(tokens, singles, True, groups, plan, most)
+
+    def _attention(self, rows: int, longest: int) -> DecodePlan:
+        config = self._decoder.config
+        return DecodePlan.make(
+            rows, config.num_kv_heads, config.head_dim, self._arena.dtype, longest, self._arena.device
+        )
 
     def copy_in(self, image: Tensor, slabs: Many[int]) -> Copy:
         """Start to copy the image [n, slab_elems] of a packed adapter into these n slabs.
@@ -231,7 +237,7 @@ class GpuRunner:
         else:
             singles = padded = self._bucket(self._row_buckets, tokens)
             drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
-        heads, longest = self._decoder.config.num_kv_heads, max(batch.context_lens[:single], default=0)
+        longest = max(batch.context_lens[:single], default=0)
         groups = self._inputs.lora_groups(batch)
         if groups not in self._groups and len(self._groups) < _MOST_GROUPS:
             self._groups[groups] = None
@@ -241,7 +247,7 @@ class GpuRunner:
             singles,
             has_prompts,
             groups,
-            attention.num_splits(singles, heads, longest, self._arena.device),
+            self._attention(singles, longest),
             drawn if sampled else 0,
         )
 

@@ -19,6 +19,7 @@ from kernels.programs import allow_next, can_overlap, launch_options, num_proces
 QUERY_ROWS = 16  # tokens of one tile of prefill
 _MOST_SPLITS = 32
 _MOST_SPLITS_OF_MANY = 8  # where the batch alone fills the device
+_SHORT = 256  # positions: contexts up to here end before a pipeline has filled
 _LOG2_E = 1.4426950408889634
 
 Ints = npt.NDArray[np.int32]
@@ -33,11 +34,30 @@ class AttentionConfig:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How the contexts of a decode step are cut: into up to `splits` parts each, and those into tiles."""
+
+    splits: int
+    config: AttentionConfig
+
+    @classmethod
+    def make(
+        cls, rows: int, num_kv_heads: int, dim: int, dtype: torch.dtype, longest: int, device: torch.device
+    ) -> "DecodePlan":
+        """For `rows` sequences, the longest of `longest` positions."""
+        splits = num_splits(rows, num_kv_heads, longest, device)
+        if longest <= _SHORT and triton.next_power_of_2(dim) * dtype.itemsize <= 256:
+            fill = rows * num_kv_heads * splits > 2 * num_processors(device)
+            return cls(splits, AttentionConfig(32, 2, 2) if fill else AttentionConfig(128, 4, 1))
+        return cls(splits, decode_config(dim, dtype))
+
+
 def decode_config(dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """For `decode_attention`: enough bytes in flight to read K/V at the memory's pace."""
+    """For `decode_attention` of any context: enough bytes in flight to read K/V at the memory's pace."""
     wide = triton.next_power_of_2(dim) * dtype.itemsize
-    if wide > 512:
-        return AttentionConfig(32, 4, 2)
+    if wide > 512:  # larger tiles would leave the registers
+        return AttentionConfig(16, 8, 1)
     return AttentionConfig(64, 4, 2) if wide > 256 else AttentionConfig(128, 4, 2)
 
 

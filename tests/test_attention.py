@@ -163,6 +163,26 @@ def test_splits_change_no_more_than_rounding_and_are_repeatable(device: str) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [1, 31, 33, 128, 256, 257])
+def test_every_plan_gives_the_same_attention(device: str, length: int) -> None:
+    for dtype in dtypes(device):
+        case = make([length, 3], [1, 1], (4, 2), 64, 16, dtype, device)
+        for rows in (1, 2, 200):
+            plan = attention.DecodePlan.make(rows, 2, 64, dtype, length, torch.device(device))
+            assert_close(decode(case, None, plan.splits, plan.config), case.expected(None))
+
+
+def test_short_contexts_are_cut_by_how_many_programs_there_are() -> None:
+    def plan(rows: int, longest: int, dim: int = 128) -> object:
+        return attention.DecodePlan.make(rows, 8, dim, torch.bfloat16, longest, torch.device("cpu")).config
+
+    few, many, any_length = plan(0, 256), plan(64, 256), plan(64, 257)
+    assert len({few, many, any_length}) == 3
+    assert any_length == plan(0, 257) == attention.decode_config(128, torch.bfloat16)
+    assert plan(64, 256, dim=256) == plan(64, 257, dim=256)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_company_in_the_batch_changes_no_bit_of_a_row(device: str) -> None:
     lengths = [70, 260, 9]
     case = make(lengths, [1] * 3, (4, 2), 32, 16, torch.float32, device)
