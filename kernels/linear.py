@@ -173,7 +173,7 @@ def linear(x: Tensor, w: Tensor, out: Tensor, plan: LinearPlan, rows: int) -> No
     )
 
 
-def default_plan(rows: int, n: int, k: int, device: torch.device) -> LinearPlan:
+def default_plan(rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> LinearPlan:
     """The plan of `linear` for this shape on this device.
 
     On Hopper two programs of 96 KiB of stages fit a processor. Two ways to fetch weights while the kernels
@@ -181,6 +181,6 @@ def default_plan(rows: int, n: int, k: int, device: torch.device) -> LinearPlan:
     (by 4 to 12 %).
     """
     processors = num_processors(device)
-    if device.type != "cuda":
+    if device.type == "cpu":
         return LinearPlan.make(rows, n, k, processors, block_n=16, block_k=16)
-    return LinearPlan.make(rows, n, k, processors)
+    return LinearPlan.make(rows, n, k, processors, block_k=256 // dtype.itemsize)
