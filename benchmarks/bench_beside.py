@@ -3,8 +3,9 @@
 An engine's process answers 64 people without a pause, each with an adapter of their own; the time between two
 words of a reply is noted alone, then while a trainer's process refreshes 64 people, then alone again. The
 trainer borrows the weights (`engine/lending.py`) and keeps to its share (`personalization/pacing.py`).
+`--most` ends it after so many seconds.
 
-    python -m benchmarks.bench_beside [--shape 8b] [--people 64] [--seconds 20] [--share 0.13] [--keep]
+    python -m benchmarks.bench_beside [--shape 8b] [--people 64] [--seconds 20] [--most 60] [--keep]
     python -m benchmarks.bench_beside --shape tiny --people 4 --seconds 2 --device cpu
 """
 
@@ -41,7 +42,7 @@ from personalization.gate import GatePolicy
 from personalization.pacing import SHARE
 from personalization.prompt import Example
 from personalization.refresh import RefreshPolicy
-from personalization.trainer import Judged, Task, Trainer, TrainerSettings
+from personalization.trainer import Judged, Progress, Task, Trainer, TrainerSettings
 from service import demo_model
 
 SHAPES = {"8b": LLAMA_3_1_8B, "tiny": replace(TINY, vocab_size=16_384, max_position_embeddings=4096)}
@@ -148,18 +149,23 @@ def tasks_of(people: int, tokens: int, row: int) -> list[Task]:
     ]
 
 
-async def refresh(trainer: Trainer, tasks: list[Task]) -> float:
-    """Train and judge all; the seconds of it."""
+async def refresh(trainer: Trainer, tasks: list[Task], most_s: float | None = None) -> tuple[float, float]:
+    """Train and judge all, or as many as can be in `most_s`: (the seconds of it, the share of the training
+    done)."""
     policy = RefreshPolicy()
-    started, judged = time.perf_counter(), 0
-    async for event in trainer.run(tasks, policy.recipe, GatePolicy()):
-        if isinstance(event, Judged):
-            judged += 1
-            if not event.numbers.get("steps"):
-                raise RuntimeError(f"{event.id} was not trained: {event.verdict.reason}")
-    if judged != len(tasks):
-        raise RuntimeError(f"expected {len(tasks)} to be judged, got {judged}")
-    return time.perf_counter() - started
+    started, judged, trained = time.perf_counter(), 0, 0.0
+    with contextlib.suppress(TimeoutError):  # which ends the trainer's process
+        async with asyncio.timeout(most_s):
+            async for event in trainer.run(tasks, policy.recipe, GatePolicy()):
+                if isinstance(event, Progress):
+                    trained = event.share
+                elif isinstance(event, Judged):
+                    judged += 1
+                    if not event.numbers.get("steps"):
+                        raise RuntimeError(f"{event.id} was not trained: {event.verdict.reason}")
+        if judged != len(tasks):
+            raise RuntimeError(f"expected {len(tasks)} to be judged, got {judged}")
+    return time.perf_counter() - started, trained
 
 
 def device_memory(pid: int | None) -> int | None:
@@ -211,14 +217,17 @@ async def measure(folder: Path, refs: list[AdapterRef], options: argparse.Namesp
     try:
         crowd = Crowd(client, refs, 0)
         await refresh(trainer, tasks[:2])  # warm: the process, its kernels
-        say("refresh_alone_s", round(await refresh(trainer, tasks), 2))
+        seconds, _ = await refresh(trainer, tasks)
+        say("refresh_alone_s", round(seconds, 2))
         async with crowd.talking():
             await asyncio.sleep(min(10.0, options.seconds))  # graphs recorded, adapters loaded
             crowd.take(1.0)
             for name in ("before", "beside", "after"):
                 started = time.perf_counter()
                 if name == "beside":
-                    say("refresh_beside_s", round(await refresh(trainer, tasks), 2))
+                    seconds, trained = await refresh(trainer, tasks, options.most)
+                    say("refresh_beside_s", round(seconds, 2))
+                    say("trained_share", round(trained, 3))
                     say("trainer_device_mib", device_memory(trainer.pid))
                 else:
                     await asyncio.sleep(options.seconds)
@@ -241,6 +250,9 @@ def main() -> None:
     arguments.add_argument("--people", type=int, default=64, help="people who are refreshed")
     arguments.add_argument("--tokens", type=int, default=8192, help="to learn from, of each")
     arguments.add_argument("--seconds", type=float, default=15.0, help="alone, before and after")
+    arguments.add_argument(
+        "--most", type=float, help="seconds that they may take beside the others; default: any"
+    )
     arguments.add_argument("--share", type=float, default=SHARE)
     arguments.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
     arguments.add_argument("--engine", type=Path, help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -716,6 +717,8 @@ def files_cold(bench: Bench) -> Measured:
             bench.warm(driven, "8b", warm_refs)
             still_cached = drop_from_page_cache(files)
             bench.say(f"  {100 * still_cached:.1f} % of the files are still in the page cache")
+            alone = read_speed([path for ref in warm_refs for path in _files_of(root, ref)])
+            bench.say(f"  {alone / 1e9:.2f} GB/s read from files by nothing else")
             run, said = _run(bench, driven, "8b", _short_work(bench, refs, seed=30), "files cold")
         finally:
             bench.free()  # its loaders read below the folder
@@ -729,6 +732,7 @@ def files_cold(bench: Bench) -> Measured:
                 **said,
                 "file_bytes": size * count,
                 "read_bytes_per_s": size * count / run.seconds,
+                "read_bytes_per_s_alone": alone,
                 "still_in_page_cache": still_cached,
                 "file_system": _file_system(root),
             },
@@ -854,6 +858,23 @@ def drop_from_page_cache(files: Sequence[Path]) -> float:
         finally:
             os.close(handle)
     return kept / max(1, total)
+
+
+def _files_of(root: Path, ref: AdapterRef) -> list[Path]:
+    return list(version_folder(root, ref.id, ref.version).glob("*.safetensors"))
+
+
+def read_speed(files: Sequence[Path]) -> float:
+    """Bytes a second that eight threads read from the files, and do nothing with."""
+
+    def read(path: Path) -> int:
+        with path.open("rb", buffering=0) as file:
+            return sum(iter(lambda: file.readinto(bytearray(8 << 20)), 0))
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(8) as threads:
+        total = sum(threads.map(read, files))
+    return total / (time.perf_counter() - started)
 
 
 def _in_page_cache(handle: int, size: int) -> tuple[int, int]:

@@ -66,6 +66,7 @@ def test_outputs_hold_and_adapters_matter(records: dict[str, Record]) -> None:
 
 def test_rows_find_adapters_where_they_say(records: dict[str, Record]) -> None:
     assert records["files-cold"]["details"]["adapters_found"] == {"disk": 12}
+    assert records["files-cold"]["details"]["read_bytes_per_s_alone"] > 0
     assert records["host-warm"]["details"]["adapters_found"]["host"] > 0
     found = records["first-token"]["details"]["found"]
     assert {name: set(tiers) for name, tiers in found.items()} == {
