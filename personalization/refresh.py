@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.adapter_files import version_folder
+from engine.adapter_files import check_base, read_adapter, version_folder
 from personalization import lineage
 from personalization.examples import hold_out, serving_rows, split
 from personalization.gate import GatePolicy
@@ -231,14 +231,18 @@ async def _prepare(user: str, kit: Kit, anew: bool) -> _Prepared | Outcome:
             reason=reason,
             code="not_enough_turns",
         )
+    new = len(set(lesson.all_turns) - _known(turns, records, start, kit.policy))
+    needed = 2 * kit.policy.gate.min_turns  # half of them are held out to judge by
+    too_few = not lesson.train or bool(start and new < needed)
+    if start and too_few and not await _can_go_on(kit, kit.store.adapter_id(user), start):
+        return await _prepare(user, kit, anew=True)
     if not lesson.train:
         await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
         reason = f"nothing new to learn since version {start}"
         if instead != pointer.version:
             return await _leave(user, pointer, instead, kit, reason)
         return Outcome(user, "completed", before=instead, after=instead, reason=reason)
-    new = len(set(lesson.all_turns) - _known(turns, records, start, kit.policy))
-    if start and (needed := 2 * kit.policy.gate.min_turns) > new:  # half of them are held out to judge by
+    if too_few:
         reason = f"not enough new turns since version {start}: {new} of {needed} to learn from"
         if instead != pointer.version:
             return await _leave(user, pointer, instead, kit, reason)
@@ -256,6 +260,18 @@ async def _prepare(user: str, kit: Kit, anew: bool) -> _Prepared | Outcome:
     )
     expected = curve(len(lesson.all_turns)) - curve(len(lesson.all_turns) - new)
     return _Prepared(user, pointer, start, instead, population, task, lesson, expected)
+
+
+async def _can_go_on(kit: Kit, adapter_id: str, version: int) -> bool:
+    """Whether a version can be loaded, on the base that is trained here."""
+    base_hash = await kit.trainer.base_hash()
+    folder = version_folder(kit.shelf.root, adapter_id, version)
+    try:
+        await asyncio.to_thread(check_base, folder, base_hash)
+        await asyncio.to_thread(read_adapter, folder, kit.shelf.config)
+    except AdapterError:
+        return False
+    return True
 
 
 async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:

@@ -125,7 +125,9 @@ class Trainer:
     def __init__(self, settings: TrainerSettings) -> None:
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
+        self._base_hash: str | None = None  # what the process has loaded, once it has said so
         self._starting = asyncio.Lock()
+        self._loading = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -135,6 +137,18 @@ class Trainer:
     async def warm(self) -> None:
         """Start the process if there is none, so that it loads the model while a batch is being prepared."""
         await self._start()
+
+    async def base_hash(self) -> str:
+        """Which base adapters are trained for; starts the process if there is none. Raises TrainerDied."""
+        process = await self._start()
+        async with self._loading:
+            if self._base_hash is None:
+                try:
+                    self._base_hash = str((await self._receive(process))["base_hash"])
+                except BaseException:
+                    await self.stop()
+                    raise
+            return self._base_hash
 
     async def run(
         self,
@@ -163,6 +177,7 @@ class Trainer:
             assert process.stdin is not None
             process.stdin.write(_frame(request))
             await process.stdin.drain()
+            await self.base_hash()
             while (message := await self._receive(process))["kind"] != "done":
                 yield _unpack_event(message)
             finished = True
@@ -184,7 +199,7 @@ class Trainer:
     async def _start(self) -> asyncio.subprocess.Process:
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
-                self._process = await self._new_process()
+                self._process, self._base_hash = await self._new_process(), None
             return self._process
 
     async def _new_process(self) -> asyncio.subprocess.Process:
@@ -245,6 +260,7 @@ def main() -> None:
     try:
         folder = Path(settings["model_folder"])
         base = _base(settings, folder, device, dtype)
+        send({"kind": "ready", "base_hash": base.model.base_hash})
         gate = Gate(base.model, neutral_rows(Renderer(folder, base.model.config.max_position_embeddings)))
         while (request := receive()) is not None:
             _run_batch(base, gate, request, send)

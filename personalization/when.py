@@ -77,9 +77,13 @@ def expected_gain(standing: Standing, policy: When) -> float:
     return max(0.0, curve(standing.learned) - curve(seen)) * _own_factor(standing, policy)
 
 
-def due_now(standing: Standing, policy: When) -> Due:
-    """Asked after each reply: is it worth a refresh at once?"""
+def due_now(standing: Standing, policy: When, *, lost: int = 0) -> Due:
+    """Asked after each reply: is it worth a refresh at once? `lost`: the version that was to answer and could
+    not be loaded, as its files are gone or for another base; 0: none."""
     gain = expected_gain(standing, policy)
+    newest = 0 if standing.newest is None else standing.newest.version
+    if 0 < lost == newest and policy.after_turns and standing.learned >= policy.minimum_turns:
+        return Due(True, gain, f"version {lost} cannot answer, and no newer one was tried")
     hindrance = _hindrance(standing, policy)
     if hindrance:
         return Due(False, gain, hindrance)

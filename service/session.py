@@ -78,6 +78,7 @@ class Session:
     new_id: Callable[[], str]  # hexadecimal, never the same twice
     new_seed: Callable[[], int]
     _remembered: OrderedDict[str, Remembered] = field(default_factory=OrderedDict)
+    _replaced: dict[str, int] = field(default_factory=dict)  # versions that could not be loaded, by user
 
     # ------------------------------------------------------------ answer
 
@@ -226,7 +227,7 @@ class Session:
         if writing.history_saved:
             if self._may_be_tried(plan.user, writing.version):
                 await self.settle_trial(plan.user)
-            await self._maybe_refresh(plan.user)
+            await self._maybe_refresh(plan.user, plan.version if writing.version != plan.version else 0)
 
     async def _listen(
         self, generation: Generation, writing: Writing, reply: Reply, replies: Replies
@@ -285,13 +286,17 @@ class Session:
         except Exception:
             log.exception("a trial could not be settled")
 
-    async def _maybe_refresh(self, user: str) -> None:
-        """Ask for a refresh once it pays. It never costs the reply."""
+    async def _maybe_refresh(self, user: str, lost: int) -> None:
+        """Ask for a refresh once it pays. It never costs the reply. `lost`: the version that could not be
+        loaded for it, for which it is asked once."""
         if not self.options.when.after_turns:
             return
+        lost = 0 if self._replaced.get(user) == lost else lost
         try:
             standing = await self.health.ask(lambda: self.store.standing(user))
-            if due_now(standing, self.options.when).due:
+            if due_now(standing, self.options.when, lost=lost).due:
+                if lost:
+                    self._replaced[user] = lost
                 await self.refresh(user, "turns")
         except StoreUnavailable:
             pass
@@ -317,6 +322,7 @@ class Session:
 
     def forget(self, user: str) -> None:
         self._remembered.pop(user, None)
+        self._replaced.pop(user, None)
 
     async def forget_the_forgotten(self) -> None:
         """Nobody may have said here that someone was forgotten: ask of everyone known. Raises

@@ -585,6 +585,21 @@ async def test_enough_new_turns_ask_for_a_refresh(service: TinyService) -> None:
             assert other.calls.refreshes == []
 
 
+async def test_a_version_that_cannot_be_loaded_is_learned_again_once(service: TinyService) -> None:
+    session = SessionOptions(max_output_tokens=2, when=When(minimum_turns=2, after_turns=50))
+    async with service.gateway(session=session) as gateway:
+        await service.give_adapter("ann", 1)
+        await service.give_adapter("ann", 2, good=False)
+        client = gateway.client("ann")
+        for expected in ([], [("ann", "turns")], [("ann", "turns")]):  # one turn is too few to learn from
+            await client.responses.create(model="me", input="hello")
+            await asyncio.sleep(0.1)
+            assert gateway.calls.refreshes == expected
+        await client.responses.create(model="me@1", input="hello")
+        await asyncio.sleep(0.1)
+        assert gateway.calls.refreshes == expected
+
+
 # ---------------------------------------------------------------- clients
 
 

@@ -2,6 +2,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -247,6 +248,29 @@ async def test_on_another_base_model_all_is_learned_anew_and_not_only_what_is_ne
     assert ann.accepted
     assert (await store.pointer("ann")).version == 2
     assert [message["state"] for user, message in said if user == "ann"][-1] == "gating"
+
+
+@on_one_loop
+@pytest.mark.parametrize("more", [0, 2])
+async def test_a_version_that_cannot_be_carried_on_is_learned_anew_without_new_turns(
+    kit: Kit, store: Store, more: int
+):
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, 40))
+    await run(["ann", "bob"], kit)
+    meta = kit.shelf.root / store.adapter_id("ann") / "1" / "attune.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"base_hash": "another"}))
+    for user in ("ann", "bob"):
+        await store.append(user, talk(user, more, first=40))
+    ended, _ = await run(["ann", "bob"], kit)
+    assert ended["ann"].published
+    assert (await store.pointer("ann")).version == 2
+    assert (await store.versions("ann"))[-1].parent == 0
+    assert not ended["bob"].published
+    assert len(await store.versions("bob")) == 1
+    shutil.rmtree(kit.shelf.root / store.adapter_id("bob") / "1")
+    ended, _ = await run(["bob"], kit)
+    assert ended["bob"].published
 
 
 @on_one_loop

@@ -58,6 +58,16 @@ def test_zero_turns_is_never_at_once_and_the_night_goes_on():
     assert due_tonight(standing(500, 500), NOW, never).due
 
 
+def test_a_version_that_could_not_be_loaded_is_due_unless_one_was_tried_since():
+    tried = standing(60, 0, gained=0.04)
+    assert due_now(tried, POLICY, lost=1).due
+    assert not due_now(tried, POLICY).due
+    assert not due_now(tried, POLICY, lost=2).due
+    assert not due_now(standing(60, 0), POLICY, lost=0).due
+    assert not due_now(standing(49, 0, gained=0.04), POLICY, lost=1).due
+    assert not due_now(tried, When(after_turns=0), lost=1).due
+
+
 def test_refreshes_that_do_not_pay_are_tried_less_often_and_good_ones_more():
     assert due_now(standing(120, 50, gained=0.04), POLICY).due
     assert not due_now(standing(120, 50, gained=-0.01), POLICY).due
