@@ -89,11 +89,11 @@ class GpuRunner:
         rows = self._row_buckets[-1]
         self._token_buckets = token_buckets(max(max_tokens, rows))  # decode rows are padded to all there are
         self._block_size = block_size
-        longest = -(-config.max_position_embeddings // block_size)
+        longest = min(-(-config.max_position_embeddings // block_size), arena.shape[0])
         limits = Limits(
             tokens=self._token_buckets[-1],
             rows=rows,
-            blocks=min(rows * longest, 4 * arena.shape[0] + rows),
+            blocks=rows * longest,  # all rows may share nearly all of theirs
             query_rows=attention.QUERY_ROWS,
         )
         self._is_cuda = device.type == "cuda"

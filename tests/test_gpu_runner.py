@@ -116,6 +116,23 @@ def test_a_step_of_few_tokens_may_hold_prompts_beside_decode_rows(world: World) 
     assert shape in set(runner._likely_shapes())
 
 
+def test_all_rows_of_a_step_may_share_nearly_all_their_blocks(world: World) -> None:
+    rows, shared = 16, 8
+    driver = Driver(world.loaded, on_gpu=True, num_slabs=shared + rows)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    common = tuple(driver.free.pop() for _ in range(shared))
+    chunks = []
+    for seed in range(rows):
+        sequence = driver.sequence(tokens_of(seed, shared * BLOCK + 1))
+        sequence.blocks, sequence.num_computed = common, shared * BLOCK
+        chunks.append(driver.chunk(sequence, 1))
+    batch = build_batch(chunks, BLOCK)
+    runner._inputs.fill(batch, rows, rows, rows)
+    listed = runner._inputs.column["block_list"][: rows * (shared + 1)].tolist()
+    assert listed == [slab for blocks in batch.blocks for slab in blocks]
+
+
 def test_likely_shapes_are_listed_once_and_again_when_another_kind_of_adapter_was_seen(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
