@@ -249,6 +249,21 @@ async def test_cancel_ends_the_stream(start: Start) -> None:
             await anext(stream)
 
 
+async def test_a_request_given_up_while_it_is_sent_is_cancelled(start: Start) -> None:
+    running = await start()
+    async with await running.connect() as client:
+        long = ask("x" * 1_000_000, sampling=replace(GREEDY, max_tokens=900))  # more than a socket takes in
+        sending = asyncio.create_task(client.submit(long))
+        await asyncio.sleep(0)
+        assert sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        finished = running.engine.stats().step["finished"]
+        while not any(finished.values()):
+            finished = (await client.stats())["step"]["finished"]
+        assert finished == {"stop": 0, "length": 0, "cancelled": 1, "error": 0}
+
+
 async def test_the_socket_answers_while_the_engine_steps(start: Start) -> None:
     running = await start()
     step = running.engine.step
