@@ -205,6 +205,8 @@ def test_half_precision_files_are_read_as_float32(
         {"some_feature_of_tomorrow": {"on": 1}},
         {"lora_alpha": "16"},
         {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**309},
+        {"alpha_pattern": {"q_proj": 1e39}},
         {"target_modules": [3]},
         {"layers_to_transform": ["one"]},
         {"alpha_pattern": {"q_proj": None}},
