@@ -252,6 +252,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[Event] = []  # of requests that ended between steps
         self._in_flight: deque[InFlight] = deque()  # oldest first
+        self._prepares = True  # until that fails
         self._steps = StepStats()
         self._loaded = threading.Event()  # set by loader threads
 
@@ -352,9 +353,18 @@ class Engine:
 
     def prepare(self) -> bool:
         """While there is no work: make the device ready for a kind of step that it has not seen. Takes about
-        a tenth of a second, at first more; False when all likely ones were seen.
+        a tenth of a second, at first more; False when all likely ones were seen, or one could not be made.
         """
-        return not self.has_work and self._device.prepare()
+        if self.has_work or not self._prepares:
+            return False
+        try:
+            return self._device.prepare()
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # of a step that may never come, say for want of memory: no reason to end
+            log.exception("steps are not prepared any more")
+            self._prepares = False
+            return False
 
     def drain(self) -> Iterator[Event]:
         """Step until nothing is left to do, sleeping while every request waits for a load."""

@@ -472,6 +472,25 @@ def test_an_error_of_a_step_under_way_is_the_devices_and_ends_the_engine(
         list(engine.drain())
 
 
+def test_a_step_that_cannot_be_prepared_ends_the_preparing_and_not_the_engine(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[Exception] = [torch.AcceleratorError("the device is lost"), torch.OutOfMemoryError("full")]
+
+    def prepare(device: object) -> bool:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(Runner, "prepare", prepare)
+    monkeypatch.setattr(BesideHost, "prepare", prepare)
+    engine = build()
+    with pytest.raises(torch.AcceleratorError):
+        engine.prepare()
+    assert not engine.prepare()
+    assert "steps are not prepared any more" in caplog.text
+    assert not engine.prepare()
+    assert answer(engine, MIXED[0]).tokens == {MIXED[0].id: alone(build, MIXED[0])}
+
+
 def test_errors_have_names() -> None:
     assert error_code(MemoryError()) == "out_of_memory"
     assert error_code(RuntimeError("CUDA error")) == "engine_failure"
