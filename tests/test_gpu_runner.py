@@ -12,7 +12,9 @@ import torch
 from engine.batch import build_batch
 from engine.gpu_decoder import StepShape
 from engine.gpu_runner import GpuRunner
+from engine.model import GROUPS
 from engine.weights import load_model
+from kernels import fused, lora
 from tests.engine_driver import BLOCK, Driver
 from tests.peft_world import ADAPTERS, World, make_world, tokens_of, worst
 from tests.tiny_models import FAMILIES, save_random
@@ -131,6 +133,20 @@ def test_all_rows_of_a_step_may_share_nearly_all_their_blocks(world: World) -> N
     runner._inputs.fill(batch, rows, rows, rows)
     listed = runner._inputs.column["block_list"][: rows * (shared + 1)].tolist()
     assert listed == [slab for blocks in batch.blocks for slab in blocks]
+
+
+def test_where_adapters_lie_is_known_before_the_last_kernel_that_layers_may_overlap(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(world.loaded, on_gpu=True)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    launched: list[str] = []
+    monkeypatch.setattr(lora, "resolve", lambda *_: launched.append("resolve"))
+    monkeypatch.setattr(fused, "embed", lambda *_: launched.append("embed"))
+    monkeypatch.setattr(runner._decoder, "_layer", lambda *_: launched.append("layer"))
+    runner._decoder.layers(StepShape(1, 1, False, GROUPS, runner._attention(1, 1), 1))
+    assert launched[:3] == ["resolve", "embed", "layer"]
 
 
 def test_likely_shapes_are_listed_once_and_again_when_another_kind_of_adapter_was_seen(
