@@ -488,6 +488,8 @@ class Engine:
             self._in_flight.popleft()
             arrived = self._clock()
             for row, (chunk, token) in enumerate(zip(step.drawing, tokens, strict=True)):
+                if token == UNKNOWN:
+                    self._scheduler.disown(chunk.sequence)
                 if not chunk.sequence.is_over:
                     self._apply(chunk.sequence, row, token, events)
             self._steps.wait_s += arrived - started
@@ -500,7 +502,6 @@ class Engine:
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
         if token == UNKNOWN:
-            self._scheduler.disown(sequence)
             events.append(self._end(sequence, "error", error=LogitsNotFinite([row])))
             return
         if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):

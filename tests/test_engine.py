@@ -458,6 +458,25 @@ def test_logits_that_are_not_finite_end_their_own_request_and_leave_no_kv_behind
     assert again.finished["again"].usage.cached_tokens == 0
 
 
+def test_a_request_cancelled_before_its_logits_are_known_leaves_no_bad_kv_behind(
+    model: LoadedModel, build: Build
+) -> None:
+    weights = LoraWeights(
+        tuple(replace(module, a=module.a * 1e36) for module in random_adapter(model.config, 1).modules)
+    )
+    engine = build(read=lambda ref: weights)
+    engine.prefetch(ADA)
+    while not engine.stats().adapters["resident"]:
+        engine.step()
+    engine.submit(MIXED[1])
+    while not engine.stats().step["steps"]:
+        engine.step()
+    engine.cancel(MIXED[1].id)
+    list(engine.drain())
+    again = answer(engine, replace(MIXED[1], id="again"))
+    assert again.finished["again"].usage.cached_tokens == 0
+
+
 def test_an_error_of_a_step_under_way_is_the_devices_and_ends_the_engine(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
