@@ -432,6 +432,22 @@ async def test_a_gateway_that_does_not_read_is_cut_off_and_others_go_on(world: W
         assert (await read(await client.submit(ask("a"))))[0] == said(world, ask("a"))
 
 
+async def test_a_gateway_cut_off_for_a_bad_frame_that_does_not_read_is_lost_all_the_same(
+    start: Start,
+) -> None:
+    running = await start(disconnect_grace_s=0.0)
+    _reader, writer = await raw(running.path)
+    long = ask("a", sampling=replace(GREEDY, max_tokens=1000))
+    questions = b"".join(wire.encode(wire.GetStats(call)) for call in range(2000))  # more than a socket holds
+    writer.write(HELLO + wire.encode(wire.Submit(1, long)) + questions + b"\xff" * 8)
+    async with await running.connect() as client:
+        finished = (await client.stats())["step"]["finished"]
+        while not any(finished.values()):
+            finished = (await client.stats())["step"]["finished"]
+        assert finished["cancelled"] == 1
+    writer.close()
+
+
 async def test_only_the_own_user_may_connect(start: Start) -> None:
     assert (await start()).path.stat().st_mode & 0o777 == 0o600
 
