@@ -28,7 +28,7 @@ from kernels.attention import DecodePlan
 
 Graph = torch.cuda.CUDAGraph
 _LIKELY_CONTEXT = 4096
-_MOST_GROUPS = 4  # sets of module groups for which steps are recorded ahead
+_MOST_GROUPS = 4  # sets of module groups for which steps are recorded
 
 
 class Copy:
@@ -239,9 +239,12 @@ class GpuRunner:
             drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
         longest = max(batch.context_lens[:single], default=0)
         groups = self._inputs.lora_groups(batch)
-        if groups not in self._groups and len(self._groups) < _MOST_GROUPS:
-            self._groups[groups] = None
-            self._to_prepare = None
+        if groups not in self._groups:
+            if len(self._groups) < _MOST_GROUPS:
+                self._groups[groups] = None
+                self._to_prepare = None
+            else:
+                groups = GROUPS  # which all are part of: graphs must not be as many as mixtures of adapters
         return StepShape(
             padded,
             singles,

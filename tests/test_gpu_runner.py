@@ -135,6 +135,20 @@ def test_all_rows_of_a_step_may_share_nearly_all_their_blocks(world: World) -> N
     assert listed == [slab for blocks in batch.blocks for slab in blocks]
 
 
+def test_beyond_a_few_kinds_of_adapters_all_others_run_as_one(world: World) -> None:
+    driver = Driver(world.loaded, on_gpu=True)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    kinds = [("qkv",), ("o",), ("gate_up",), ("down",), ("qkv", "down")]
+    batch = build_batch([driver.chunk(driver.sequence(tokens_of(57, 4)), 1)], BLOCK)
+    seen = []
+    for kind in (*kinds, *kinds):
+        runner._inputs.lora_groups = lambda _, kind=kind: kind  # type: ignore[method-assign,misc]
+        seen.append(runner._shape(batch).lora_groups)
+    assert seen == [*kinds[:2], GROUPS, GROUPS, GROUPS] * 2
+    assert {shape.lora_groups for shape in runner._likely_shapes()} == {(), GROUPS, *kinds[:2]}
+
+
 def test_where_adapters_lie_is_known_before_the_last_kernel_that_layers_may_overlap(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
