@@ -305,7 +305,7 @@ class _Settings:
         return cls(
             rank,
             float(raw.get("lora_alpha", 8)),
-            raw.get("use_rslora") is True,
+            bool(raw.get("use_rslora")),
             rank_pattern,
             alpha_pattern,
             _names(raw.get("target_modules")),

@@ -172,6 +172,14 @@ def test_what_peft_writes_is_read_with_its_scales(
     assert seen == len(read) > 0
 
 
+@pytest.mark.parametrize(("flag", "scale"), [(1, 2.0), (True, 2.0), (0, 1.0), (None, 1.0)])
+def test_a_flag_counts_as_it_does_in_peft(
+    folder: Path, config: ModelConfig, flag: object, scale: float
+) -> None:
+    edit_config(folder, lora_alpha=4, use_rslora=flag)
+    assert {m.scale for m in read_adapter(folder, config).modules} == {scale}
+
+
 def test_modules_come_in_the_order_of_layers_and_of_their_computation(
     folder: Path, config: ModelConfig
 ) -> None:
