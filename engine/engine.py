@@ -499,14 +499,14 @@ class Engine:
 
     def _apply(self, sequence: Sequence, row: int, token: int, events: list[Event]) -> None:
         sampling = sequence.request.sampling
-        if sequence.first_token_at is None:
-            sequence.first_token_at = self._clock()
         if token == UNKNOWN:
             events.append(self._end(sequence, "error", error=LogitsNotFinite([row])))
             return
         if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
             events.append(self._end(sequence, "stop"))
             return
+        if sequence.first_token_at is None:
+            sequence.first_token_at = self._clock()
         known = sequence.num_known
         events.append(TokensEvent(sequence.request.id, (token,), known - sequence.num_prompt))
         sequence.tokens[known] = token

@@ -307,6 +307,11 @@ def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(build: Build) -> None
     replies = answer(build(), request)
     assert replies.tokens[request.id] == whole[: whole.index(stop)]
     assert replies.finished[request.id].reason == "stop"
+    assert replies.finished[request.id].timings.first_token_s is not None
+    at_once = replace(request, sampling=replace(SEEDED, stop_token_ids=(whole[0],)))
+    replies = answer(build(), at_once)
+    assert replies.tokens[request.id] == []
+    assert replies.finished[request.id].timings.first_token_s is None
 
 
 def test_the_models_own_end_token_ends_the_reply_unless_ignored(
