@@ -273,7 +273,7 @@ def _size(raw: dict[str, Any], field: str, default: int | None = None) -> int:
 
 
 def _number(raw: dict[str, Any], field: str, default: float | None = None) -> float:
-    value = raw.get(field)
+    value: Any = raw.get(field)
     if value is None and default is not None:
         return default
     if type(value) not in (int, float) or not 0 < value < math.inf:
