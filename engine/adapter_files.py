@@ -60,6 +60,7 @@ META_FILE = "attune.json"  # where a version comes from
 MAX_RANK = 256
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_PATTERNS = 4096
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 _PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.model\.layers\.(0|[1-9]\d{0,5})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
@@ -304,7 +305,7 @@ class _Settings:
         return cls(
             rank,
             float(raw.get("lora_alpha", 8)),
-            raw.get("use_rslora") is True,
+            bool(raw.get("use_rslora")),
             rank_pattern,
             alpha_pattern,
             _names(raw.get("target_modules")),
@@ -456,7 +457,8 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that float32, in which scales are applied, can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT32
 
 
 def _names(value: Any) -> tuple[str, ...] | None:

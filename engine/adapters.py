@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_PREFETCHES = 4096  # waiting to be started; beyond that the oldest is dropped, it was a hint only
 MAX_FAILURES = 1024  # failed loads remembered
+_FADING = 0.95  # by each image read: one large adapter is no reason to read few at once for ever
 
 
 class Layout(Protocol):
@@ -139,7 +140,7 @@ class AdapterCache:
         self._device: dict[AdapterRef, _OnDevice] = {}
         self._copying: dict[AdapterRef, _OnItsWay] = {}  # of those on the device, oldest first
         self._host: OrderedDict[AdapterRef, Packed] = OrderedDict()  # least recently used first
-        self._largest_image = 0  # bytes
+        self._largest_image = 0  # bytes, of those read lately
         self._loading: dict[AdapterRef, Future[_Read]] = {}
         self._failed: OrderedDict[AdapterRef, _Failure] = OrderedDict()
         self._prefetching: dict[AdapterRef, None] = {}  # asked for by presence, not started; oldest first
@@ -391,7 +392,7 @@ class AdapterCache:
     def _keep_on_host(self, ref: AdapterRef, packed: Packed) -> None:
         self._host[ref] = packed
         self.host_bytes += packed.image.nbytes
-        self._largest_image = max(self._largest_image, packed.image.nbytes)
+        self._largest_image = max(int(_FADING * self._largest_image), packed.image.nbytes)
         if ref not in self._needed:
             self._place_if_free(ref)
         self._trim_host()

@@ -252,6 +252,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[Event] = []  # of requests that ended between steps
         self._in_flight: deque[InFlight] = deque()  # oldest first
+        self._prepares = True  # until that fails
         self._steps = StepStats()
         self._loaded = threading.Event()  # set by loader threads
 
@@ -352,9 +353,18 @@ class Engine:
 
     def prepare(self) -> bool:
         """While there is no work: make the device ready for a kind of step that it has not seen. Takes about
-        a tenth of a second, at first more; False when all likely ones were seen.
+        a tenth of a second, at first more; False when all likely ones were seen, or one could not be made.
         """
-        return not self.has_work and self._device.prepare()
+        if self.has_work or not self._prepares:
+            return False
+        try:
+            return self._device.prepare()
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # of a step that may never come, say for want of memory: no reason to end
+            log.exception("steps are not prepared any more")
+            self._prepares = False
+            return False
 
     def drain(self) -> Iterator[Event]:
         """Step until nothing is left to do, sleeping while every request waits for a load."""
@@ -478,6 +488,8 @@ class Engine:
             self._in_flight.popleft()
             arrived = self._clock()
             for row, (chunk, token) in enumerate(zip(step.drawing, tokens, strict=True)):
+                if token == UNKNOWN:
+                    self._scheduler.disown(chunk.sequence)
                 if not chunk.sequence.is_over:
                     self._apply(chunk.sequence, row, token, events)
             self._steps.wait_s += arrived - started
@@ -487,15 +499,14 @@ class Engine:
 
     def _apply(self, sequence: Sequence, row: int, token: int, events: list[Event]) -> None:
         sampling = sequence.request.sampling
-        if sequence.first_token_at is None:
-            sequence.first_token_at = self._clock()
         if token == UNKNOWN:
-            self._scheduler.disown(sequence)
             events.append(self._end(sequence, "error", error=LogitsNotFinite([row])))
             return
         if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
             events.append(self._end(sequence, "stop"))
             return
+        if sequence.first_token_at is None:
+            sequence.first_token_at = self._clock()
         known = sequence.num_known
         events.append(TokensEvent(sequence.request.id, (token,), known - sequence.num_prompt))
         sequence.tokens[known] = token

@@ -110,12 +110,12 @@ class GpuDecoder:
         column, decoder = self._inputs.column, self._decoder
         first = decoder.layers[0]
         assert isinstance(first, Layer)
+        if shape.lora_groups:  # LoRA's first half looks there before it waits: a plain kernel lies between
+            lora.resolve(self._inputs.lora, self._places, self.config.num_layers)
         fused.embed(
             column["token_ids"], column["token_source"], self.tokens, decoder.embed, first.input_norm.weight,
             column["positions"], self._freq, self._x, self._xw, self._ssq, self._cos, self._sin, shape.tokens,
         )  # fmt: skip
-        if shape.lora_groups:
-            lora.resolve(self._inputs.lora, self._places, self.config.num_layers)
         layers = [layer for layer in decoder.layers if isinstance(layer, Layer)]
         norms = [*(layer.input_norm for layer in layers[1:]), decoder.norm]  # each behind its layer
         for layer, norm in zip(layers, norms, strict=True):

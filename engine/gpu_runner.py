@@ -28,7 +28,7 @@ from kernels.attention import DecodePlan
 
 Graph = torch.cuda.CUDAGraph
 _LIKELY_CONTEXT = 4096
-_MOST_GROUPS = 4  # sets of module groups for which steps are recorded ahead
+_MOST_GROUPS = 4  # sets of module groups for which steps are recorded
 
 
 class Copy:
@@ -89,11 +89,11 @@ class GpuRunner:
         rows = self._row_buckets[-1]
         self._token_buckets = token_buckets(max(max_tokens, rows))  # decode rows are padded to all there are
         self._block_size = block_size
-        longest = -(-config.max_position_embeddings // block_size)
+        longest = min(-(-config.max_position_embeddings // block_size), arena.shape[0])
         limits = Limits(
             tokens=self._token_buckets[-1],
             rows=rows,
-            blocks=min(rows * longest, 4 * arena.shape[0] + rows),
+            blocks=rows * longest,  # all rows may share nearly all of theirs
             query_rows=attention.QUERY_ROWS,
         )
         self._is_cuda = device.type == "cuda"
@@ -239,9 +239,12 @@ class GpuRunner:
             drawn = self._bucket(self._row_buckets, sampled) if sampled else 0
         longest = max(batch.context_lens[:single], default=0)
         groups = self._inputs.lora_groups(batch)
-        if groups not in self._groups and len(self._groups) < _MOST_GROUPS:
-            self._groups[groups] = None
-            self._to_prepare = None
+        if groups not in self._groups:
+            if len(self._groups) < _MOST_GROUPS:
+                self._groups[groups] = None
+                self._to_prepare = None
+            else:
+                groups = GROUPS  # which all are part of: graphs must not be as many as mixtures of adapters
         return StepShape(
             padded,
             singles,

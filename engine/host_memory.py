@@ -1,8 +1,8 @@
 """Pinned host memory for packed adapters, which a device copies from without the host's help.
 
 Pinning is slow, and torch's allocator rounds every request up to a power of two: up to twice an adapter's
-bytes. So memory is pinned in large chunks of such a size, each cut into pieces of one size, as adapters come
-in few. A piece returns when the tensor made of it is gone, a chunk without tensors is cut anew.
+bytes. So memory is pinned in large chunks of such a size, and each matrix takes the first gap that holds it:
+adapters may come in any number of sizes. Its room returns when the tensor is gone.
 """
 
 import threading
@@ -13,21 +13,35 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 256 << 20
+_ALIGN = 64  # bytes
 
 
 @dataclass(slots=True)
 class _Chunk:
     memory: Tensor  # bytes
-    piece_bytes: int = 0
-    free: list[int] = field(default_factory=list)  # where the pieces begin that no tensor uses
+    gaps: list[tuple[int, int]]  # from .. to, in order, no two adjacent
+    returned: list[tuple[int, int]] = field(default_factory=list)  # gaps since, in any order
 
-    @property
-    def pieces(self) -> int:
-        return len(self.memory) // self.piece_bytes
+    def take(self, nbytes: int) -> int | None:
+        """Where the first gap of so many bytes begins, which is then taken; None if there is none."""
+        if self.returned:
+            self._take_back()
+        for index, (begin, end) in enumerate(self.gaps):
+            if end - begin >= nbytes:
+                self.gaps[index : index + 1] = [(begin + nbytes, end)] if end - begin > nbytes else []
+                return begin
+        return None
 
-    def cut(self, piece_bytes: int) -> None:
-        self.piece_bytes = piece_bytes
-        self.free = list(range((self.pieces - 1) * piece_bytes, -1, -piece_bytes))
+    def _take_back(self) -> None:
+        while self.returned:
+            self.gaps.append(self.returned.pop())
+        gaps: list[tuple[int, int]] = []
+        for begin, end in sorted(self.gaps):
+            if gaps and gaps[-1][1] == begin:
+                gaps[-1] = (gaps[-1][0], end)
+            else:
+                gaps.append((begin, end))
+        self.gaps = gaps
 
 
 class PinnedMemory:
@@ -51,24 +65,21 @@ class PinnedMemory:
         as long as anything reads it; a view does not.
         """
         nbytes = shape[0] * shape[1] * dtype.itemsize
+        taken = -(-nbytes // _ALIGN) * _ALIGN
         with self._lock:
-            chunk = self._chunk_for(nbytes)
-            begin = chunk.free.pop()
+            chunk, begin = self._take(taken)
         matrix = chunk.memory[begin : begin + nbytes].view(dtype).view(shape)
         # append alone, as this may run in the middle of anything: it is atomic, and waits for no lock
-        weakref.finalize(matrix, chunk.free.append, begin).atexit = False
+        weakref.finalize(matrix, chunk.returned.append, (begin, begin + taken)).atexit = False
         return matrix
 
-    def _chunk_for(self, piece_bytes: int) -> _Chunk:
+    def _take(self, nbytes: int) -> tuple[_Chunk, int]:
         for chunk in self._chunks:
-            if chunk.piece_bytes == piece_bytes and chunk.free:
-                return chunk
-        for chunk in self._chunks:
-            if len(chunk.free) == chunk.pieces and len(chunk.memory) >= piece_bytes:
-                chunk.cut(piece_bytes)
-                return chunk
-        size = max(self._chunk_bytes, piece_bytes)
-        chunk = _Chunk(torch.empty(size, dtype=torch.uint8, pin_memory=self._pin))
-        chunk.cut(piece_bytes)
+            begin = chunk.take(nbytes)
+            if begin is not None:
+                return chunk, begin
+        size = max(self._chunk_bytes, nbytes)
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+        chunk = _Chunk(memory, [(nbytes, size)] if size > nbytes else [])
         self._chunks.append(chunk)
-        return chunk
+        return chunk, 0

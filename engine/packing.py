@@ -81,11 +81,6 @@ class AdapterLayout:
             for m in self.modules
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the slabs in float32; an image knows its own size."""
-        return self.slabs_needed * self.slab_elems * 4
-
     def pack(
         self, weights: LoraWeights, dtype: torch.dtype = torch.float32, allocate: Allocate = on_heap
     ) -> Tensor:
@@ -106,10 +101,6 @@ class PackedAdapter:
 
     layout: AdapterLayout
     image: Tensor  # [slabs_needed, slab_elems]
-
-    @property
-    def nbytes(self) -> int:
-        return self.image.numel() * self.image.element_size()
 
 
 @dataclass(frozen=True, slots=True)

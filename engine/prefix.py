@@ -91,10 +91,16 @@ class PrefixCache:
             self._slabs_of_label.setdefault(label, set()).add(slab)
 
     def disown(self, slabs: Iterable[int]) -> None:
-        """These blocks hold what nobody should find again; who uses them now goes on."""
+        """These blocks hold what nobody should find again: they are freed, those in use at their last
+        release.
+        """
         for slab in slabs:
             if slab in self._key_of:
                 self._unregister(slab)
+                if self._references[slab] == 0:
+                    self._pool.wake(slab, "kv")
+                    del self._references[slab]
+                    self._pool.free((slab,), "kv")
 
     def release(self, slabs: Sequence[int]) -> None:
         """Give up one use of each block of one sequence, in the order of its positions."""
@@ -115,12 +121,7 @@ class PrefixCache:
         last release.
         """
         slabs = list(self._slabs_of_label.get(label, ()))
-        for slab in slabs:
-            self._unregister(slab)
-            if self._references[slab] == 0:
-                self._pool.wake(slab, "kv")
-                del self._references[slab]
-                self._pool.free((slab,), "kv")
+        self.disown(slabs)
         return len(slabs)
 
     def check_integrity(self, used: Iterable[Sequence[int]]) -> None:

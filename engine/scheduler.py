@@ -156,8 +156,10 @@ class Scheduler:
         sequence.num_registered = whole
 
     def disown(self, sequence: Sequence) -> None:
-        """Its K/V is not to be found by anyone: what came of it was not finite."""
-        self._blocks.disown(sequence.blocks)
+        """Its K/V, which it may have given up by now, is not to be found by anyone: what came of it was not
+        finite.
+        """
+        self._blocks.disown(sequence.blocks or self._blocks.match(sequence.block_keys))
 
     def charge(self, sequence: Sequence, tokens: float) -> None:
         self._served[sequence.request.user_key] += tokens

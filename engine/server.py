@@ -122,10 +122,10 @@ class EngineServer:
         finally:
             self._tasks.discard(task)
             connection.is_open = False
+            self._lose(connection)
             writer.close()
             with suppress(Exception):
-                await writer.wait_closed()
-            self._lose(connection)
+                await writer.wait_closed()  # for ever, if the peer neither reads nor goes
 
     async def close(self) -> None:
         for task in list(self._tasks):

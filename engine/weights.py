@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -193,7 +194,7 @@ def read_config(folder: Path) -> ModelConfig:
         num_kv_heads=_size(raw, "num_key_value_heads", heads),
         head_dim=_size(raw, "head_dim", default_head_dim),
         intermediate_size=_size(raw, "intermediate_size"),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=_rope(raw, family),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
@@ -225,22 +226,22 @@ def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise UnsupportedModel("rope_parameters", "an object", parameters)
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    theta = _number(parameters, "rope_theta", _number(raw, "rope_theta", 10_000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModel("partial_rotary_factor", 1.0, parameters.get("partial_rotary_factor"))
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, "linear", float(parameters["factor"]))
+        return RopeConfig(theta, "linear", _number(parameters, "factor"))
     if kind == "llama3":
         return RopeConfig(
             theta,
             "llama3",
-            float(parameters["factor"]),
-            float(parameters["low_freq_factor"]),
-            float(parameters["high_freq_factor"]),
-            int(parameters["original_max_position_embeddings"]),
+            _number(parameters, "factor"),
+            _number(parameters, "low_freq_factor"),
+            _number(parameters, "high_freq_factor"),
+            _size(parameters, "original_max_position_embeddings"),
         )
     raise UnsupportedModel("rope_type", "default, linear or llama3", kind)
 
@@ -269,6 +270,15 @@ def _size(raw: dict[str, Any], field: str, default: int | None = None) -> int:
     if type(value) is not int or value < 1:
         raise UnsupportedModel(field, "a positive integer", value)
     return value
+
+
+def _number(raw: dict[str, Any], field: str, default: float | None = None) -> float:
+    value: Any = raw.get(field)
+    if value is None and default is not None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UnsupportedModel(field, "a finite number above 0", value)
+    return float(value)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ class LoraRows:
     prompt_first_row: Tensor  # [N]
     prompt_row_count: Tensor  # [N]
     prompt_segment: Tensor  # [N]
-    num_prompt_tiles: Tensor  # [1]
+    num_prompt_tiles: Tensor  # [4]: the first
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,6 +172,14 @@ def test_what_peft_writes_is_read_with_its_scales(
     assert seen == len(read) > 0
 
 
+@pytest.mark.parametrize(("flag", "scale"), [(1, 2.0), (True, 2.0), (0, 1.0), (None, 1.0)])
+def test_a_flag_counts_as_it_does_in_peft(
+    folder: Path, config: ModelConfig, flag: object, scale: float
+) -> None:
+    edit_config(folder, lora_alpha=4, use_rslora=flag)
+    assert {m.scale for m in read_adapter(folder, config).modules} == {scale}
+
+
 def test_modules_come_in_the_order_of_layers_and_of_their_computation(
     folder: Path, config: ModelConfig
 ) -> None:
@@ -205,6 +213,8 @@ def test_half_precision_files_are_read_as_float32(
         {"some_feature_of_tomorrow": {"on": 1}},
         {"lora_alpha": "16"},
         {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**309},
+        {"alpha_pattern": {"q_proj": 1e39}},
         {"target_modules": [3]},
         {"layers_to_transform": ["one"]},
         {"alpha_pattern": {"q_proj": None}},

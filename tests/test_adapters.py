@@ -288,6 +288,20 @@ def test_waiting_requests_do_not_evict_each_others_host_copies() -> None:
     assert world.cache.tier(C1) == "host"
 
 
+def test_after_one_large_adapter_small_ones_are_read_together_again() -> None:
+    world = World(host_bytes=400)
+    world.disk[A1] = Packed(Shape(2), Bytes(400))
+    small = [AdapterRef(f"small{number}", 1) for number in range(44)]
+    world.disk.update(dict.fromkeys(small, Packed(Shape(2), Bytes(100))))
+    world.bring(A1)
+    world.cache.require(small[:4])
+    assert world.cache.num_loading == 1  # they may be as large
+    for ref in small[:40]:
+        world.bring(ref)
+    world.cache.require(small[40:])
+    assert world.cache.num_loading == 4
+
+
 def test_the_time_of_a_load_is_that_of_reading_alone() -> None:
     world = World()
     world.read_s = 2.0

@@ -307,6 +307,11 @@ def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(build: Build) -> None
     replies = answer(build(), request)
     assert replies.tokens[request.id] == whole[: whole.index(stop)]
     assert replies.finished[request.id].reason == "stop"
+    assert replies.finished[request.id].timings.first_token_s is not None
+    at_once = replace(request, sampling=replace(SEEDED, stop_token_ids=(whole[0],)))
+    replies = answer(build(), at_once)
+    assert replies.tokens[request.id] == []
+    assert replies.finished[request.id].timings.first_token_s is None
 
 
 def test_the_models_own_end_token_ends_the_reply_unless_ignored(
@@ -458,6 +463,25 @@ def test_logits_that_are_not_finite_end_their_own_request_and_leave_no_kv_behind
     assert again.finished["again"].usage.cached_tokens == 0
 
 
+def test_a_request_cancelled_before_its_logits_are_known_leaves_no_bad_kv_behind(
+    model: LoadedModel, build: Build
+) -> None:
+    weights = LoraWeights(
+        tuple(replace(module, a=module.a * 1e36) for module in random_adapter(model.config, 1).modules)
+    )
+    engine = build(read=lambda ref: weights)
+    engine.prefetch(ADA)
+    while not engine.stats().adapters["resident"]:
+        engine.step()
+    engine.submit(MIXED[1])
+    while not engine.stats().step["steps"]:
+        engine.step()
+    engine.cancel(MIXED[1].id)
+    list(engine.drain())
+    again = answer(engine, replace(MIXED[1], id="again"))
+    assert again.finished["again"].usage.cached_tokens == 0
+
+
 def test_an_error_of_a_step_under_way_is_the_devices_and_ends_the_engine(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,6 +494,25 @@ def test_an_error_of_a_step_under_way_is_the_devices_and_ends_the_engine(
     engine.submit(MIXED[0])
     with pytest.raises(torch.AcceleratorError, match="the device is lost"):
         list(engine.drain())
+
+
+def test_a_step_that_cannot_be_prepared_ends_the_preparing_and_not_the_engine(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[Exception] = [torch.AcceleratorError("the device is lost"), torch.OutOfMemoryError("full")]
+
+    def prepare(device: object) -> bool:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(Runner, "prepare", prepare)
+    monkeypatch.setattr(BesideHost, "prepare", prepare)
+    engine = build()
+    with pytest.raises(torch.AcceleratorError):
+        engine.prepare()
+    assert not engine.prepare()
+    assert "steps are not prepared any more" in caplog.text
+    assert not engine.prepare()
+    assert answer(engine, MIXED[0]).tokens == {MIXED[0].id: alone(build, MIXED[0])}
 
 
 def test_errors_have_names() -> None:

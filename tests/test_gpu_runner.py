@@ -12,7 +12,9 @@ import torch
 from engine.batch import build_batch
 from engine.gpu_decoder import StepShape
 from engine.gpu_runner import GpuRunner
+from engine.model import GROUPS
 from engine.weights import load_model
+from kernels import fused, lora
 from tests.engine_driver import BLOCK, Driver
 from tests.peft_world import ADAPTERS, World, make_world, tokens_of, worst
 from tests.tiny_models import FAMILIES, save_random
@@ -114,6 +116,51 @@ def test_a_step_of_few_tokens_may_hold_prompts_beside_decode_rows(world: World) 
     shape = runner._shape(build_batch(chunks, BLOCK))
     assert (shape.tokens, shape.singles) == (64, 64)
     assert shape in set(runner._likely_shapes())
+
+
+def test_all_rows_of_a_step_may_share_nearly_all_their_blocks(world: World) -> None:
+    rows, shared = 16, 8
+    driver = Driver(world.loaded, on_gpu=True, num_slabs=shared + rows)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    common = tuple(driver.free.pop() for _ in range(shared))
+    chunks = []
+    for seed in range(rows):
+        sequence = driver.sequence(tokens_of(seed, shared * BLOCK + 1))
+        sequence.blocks, sequence.num_computed = common, shared * BLOCK
+        chunks.append(driver.chunk(sequence, 1))
+    batch = build_batch(chunks, BLOCK)
+    runner._inputs.fill(batch, rows, rows, rows)
+    listed = runner._inputs.column["block_list"][: rows * (shared + 1)].tolist()
+    assert listed == [slab for blocks in batch.blocks for slab in blocks]
+
+
+def test_beyond_a_few_kinds_of_adapters_all_others_run_as_one(world: World) -> None:
+    driver = Driver(world.loaded, on_gpu=True)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    kinds = [("qkv",), ("o",), ("gate_up",), ("down",), ("qkv", "down")]
+    batch = build_batch([driver.chunk(driver.sequence(tokens_of(57, 4)), 1)], BLOCK)
+    seen = []
+    for kind in (*kinds, *kinds):
+        runner._inputs.lora_groups = lambda _, kind=kind: kind  # type: ignore[method-assign,misc]
+        seen.append(runner._shape(batch).lora_groups)
+    assert seen == [*kinds[:2], GROUPS, GROUPS, GROUPS] * 2
+    assert {shape.lora_groups for shape in runner._likely_shapes()} == {(), GROUPS, *kinds[:2]}
+
+
+def test_where_adapters_lie_is_known_before_the_last_kernel_that_layers_may_overlap(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(world.loaded, on_gpu=True)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+    launched: list[str] = []
+    monkeypatch.setattr(lora, "resolve", lambda *_: launched.append("resolve"))
+    monkeypatch.setattr(fused, "embed", lambda *_: launched.append("embed"))
+    monkeypatch.setattr(runner._decoder, "_layer", lambda *_: launched.append("layer"))
+    runner._decoder.layers(StepShape(1, 1, False, GROUPS, runner._attention(1, 1), 1))
+    assert launched[:3] == ["resolve", "embed", "layer"]
 
 
 def test_likely_shapes_are_listed_once_and_again_when_another_kind_of_adapter_was_seen(

@@ -38,6 +38,17 @@ def test_memory_of_what_is_gone_is_used_anew_by_the_same_size_and_by_others() ->
     assert len({matrix.data_ptr() for matrix in smaller}) == 10
 
 
+def test_matrices_of_many_sizes_share_a_chunk() -> None:
+    memory = PinnedMemory(pin=False, chunk_bytes=1 << 16)
+    sizes = range(16, 16 * 80, 16)
+    kept = [memory.empty((1, size), torch.uint8) for size in sizes]
+    assert memory.nbytes == 1 << 16
+    del kept[::2]  # what was in several gaps side by side is one
+    del kept
+    assert memory.empty((1, 1 << 16), torch.uint8).shape == (1, 1 << 16)
+    assert memory.nbytes == 1 << 16
+
+
 def test_what_is_larger_than_a_chunk_has_one_of_its_own() -> None:
     memory = PinnedMemory(pin=False, chunk_bytes=4096)
     assert memory.empty((5, 4096), torch.int16).shape == (5, 4096)

@@ -395,6 +395,19 @@ def test_a_preempted_request_goes_on_from_its_cached_blocks() -> None:
     assert new.tokens[7:] == [100 + index for index in range(12)]
 
 
+def test_what_a_request_that_gave_way_had_computed_badly_is_not_found() -> None:
+    world = World(slabs=7)
+    world.add("old", 8, 12)
+    late = world.add("late", 8, 12, first=50)
+    while not late.preemptions:
+        world.step()
+    assert world.blocks.match(late.block_keys)
+    world.scheduler.disown(late)
+    world.check()
+    assert not world.blocks.match(late.block_keys)
+    world.finish()
+
+
 def test_a_preempted_request_goes_before_its_users_other_requests() -> None:
     world = World(slabs=7)
     world.add("old", 7, 12, user="u")

@@ -249,6 +249,21 @@ async def test_cancel_ends_the_stream(start: Start) -> None:
             await anext(stream)
 
 
+async def test_a_request_given_up_while_it_is_sent_is_cancelled(start: Start) -> None:
+    running = await start()
+    async with await running.connect() as client:
+        long = ask("x" * 1_000_000, sampling=replace(GREEDY, max_tokens=900))  # more than a socket takes in
+        sending = asyncio.create_task(client.submit(long))
+        await asyncio.sleep(0)
+        assert sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        finished = running.engine.stats().step["finished"]
+        while not any(finished.values()):
+            finished = (await client.stats())["step"]["finished"]
+        assert finished == {"stop": 0, "length": 0, "cancelled": 1, "error": 0}
+
+
 async def test_the_socket_answers_while_the_engine_steps(start: Start) -> None:
     running = await start()
     step = running.engine.step
@@ -415,6 +430,22 @@ async def test_a_gateway_that_does_not_read_is_cut_off_and_others_go_on(world: W
         await until(is_cut_off)
     async with await running.connect() as client:
         assert (await read(await client.submit(ask("a"))))[0] == said(world, ask("a"))
+
+
+async def test_a_gateway_cut_off_for_a_bad_frame_that_does_not_read_is_lost_all_the_same(
+    start: Start,
+) -> None:
+    running = await start(disconnect_grace_s=0.0)
+    _reader, writer = await raw(running.path)
+    long = ask("a", sampling=replace(GREEDY, max_tokens=1000))
+    questions = b"".join(wire.encode(wire.GetStats(call)) for call in range(2000))  # more than a socket holds
+    writer.write(HELLO + wire.encode(wire.Submit(1, long)) + questions + b"\xff" * 8)
+    async with await running.connect() as client:
+        finished = (await client.stats())["step"]["finished"]
+        while not any(finished.values()):
+            finished = (await client.stats())["step"]["finished"]
+        assert finished["cancelled"] == 1
+    writer.close()
 
 
 async def test_only_the_own_user_may_connect(start: Start) -> None:

@@ -120,6 +120,10 @@ def test_an_unknown_architecture_is_refused_by_name(folder: Path, architecture: 
         {"quantization_config": {"bits": 4}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": "8"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        {"rms_norm_eps": "small"},
         {"num_key_value_heads": 3},
         {"hidden_size": -1},
         {"head_dim": 13},
@@ -130,7 +134,7 @@ def test_a_feature_that_is_not_served_is_refused_by_name(folder: Path, change: d
     edit_config(folder, **change)
     with pytest.raises(UnsupportedModel) as caught:
         load_model(folder)
-    assert caught.value.field in {*change, "rope_type", "partial_rotary_factor"}
+    assert caught.value.field in {*change, "rope_type", "partial_rotary_factor", "factor", "rope_theta"}
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
