@@ -73,6 +73,12 @@ def test_every_command_has_help_and_json() -> None:
         assert {"--data", "--json"} <= options, name
 
 
+def test_the_help_tells_the_defaults() -> None:
+    told = " ".join(attune("serve", "--help", COLUMNS="200").split())
+    for default in ("./data", "demo", "8080", "127.0.0.1, this machine only", "a private one is started"):
+        assert f"[default: {default}]" in told
+
+
 def test_a_population_adapter_is_made_of_a_file_without_a_running_service(tmp_path: Path) -> None:
     model, data = save_small_model(tmp_path / "model"), tmp_path / "data"
     file = tmp_path / "text.jsonl"
