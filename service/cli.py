@@ -37,7 +37,7 @@ from service.supervisor import serve as supervise
 
 ENGINE_TIMEOUT_S = 20.0
 A_TURN = (
-    '{"user": "ada", "conversation": "1", "at": "2026-01-31T12:00:00Z", "role": "user", "text": "Good morning!"}'
+    '{"user": "ada", "conversation": "1", "at": "2026-01-31T12:00:00Z", "role": "user", "text": "Hello!"}'
 )
 T = TypeVar("T")
 app = typer.Typer(

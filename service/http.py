@@ -123,7 +123,7 @@ def error_handler(metrics: Metrics) -> Any:
 
     async def answer(request: Request, error: Exception) -> Response:
         known = as_api_error(error)
-        if isinstance(error, HTTPException) and error.status_code in (404, 405):  # the page's files take the rest
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
             known.message = f"nothing answers {request.method} {request.url.path:.160}"
         metrics.refused.labels(code=known.code).inc()
         headers = known.headers()

@@ -261,7 +261,7 @@ def test_commands_answer_mistakes_in_one_line(service: RunningService, tmp_path:
     example = told.splitlines()[-1].partition(" like ")[2]
     assert parse([example.encode()]).errors == []
     service.attune("import", "-", text=history("newcomer", pairs=1))
-    service.attune("refresh", "newcomer", "--wait", code=2)  # nothing failed: there is too little to learn from
+    service.attune("refresh", "newcomer", "--wait", code=2)  # nothing failed: there is too little to learn
     for arguments in (("rollback", "nobody", "7"), ("import-adapter", "nobody", str(tmp_path / "none"))):
         told = service.attune(*arguments, code=2)
         assert told.startswith("attune: ")

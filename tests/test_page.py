@@ -408,7 +408,7 @@ def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_tak
     expect(page.locator("#adapter-chip")).to_have_text("v1")
 
 
-def test_what_became_of_a_file_is_seen_without_scrolling_and_says_what_is_wrong_with_it(open_page: Open) -> None:
+def test_what_became_of_a_file_is_seen_without_scrolling_and_says_what_is_wrong(open_page: Open) -> None:
     page = open_page("librarian", viewport={"width": 1280, "height": 640})
     page.locator("summary", has_text="Your data").click()
     told = page.locator(".fold .outcome")
@@ -485,7 +485,7 @@ def test_what_a_version_learned_from_is_read_and_taken_out_on_the_page(
     version = page.locator("[data-version='1']")
     expect(version.locator(".interval")).to_be_visible()
     expect(version).to_contain_text("−10.0 % loss on 12 unseen turns")
-    expect(version).not_to_contain_text("example")  # the rows it was trained in, which say nothing to a person
+    expect(version).not_to_contain_text("example")  # its rows say nothing to a person
     version.get_by_text("Learned from 120 turns").click()
     expect(version.locator(".learned li")).to_have_count(12)
     version.get_by_role("button", name="Show all").click()
