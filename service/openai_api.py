@@ -50,7 +50,7 @@ class OpenAIApi:
         person = await self._door.person(request)
         asked = await read_json(request, CreateResponse)
         refuse_tools(asked.tools)
-        refuse_formats(asked.text and asked.text.format, "text.format")
+        refuse_formats(None if asked.text is None else asked.text.format, "text.format")
         conversation = conversation_of(asked.conversation)
         if asked.previous_response_id is not None:
             before = await self._replies.find(person.user, asked.previous_response_id)

@@ -276,7 +276,7 @@ class Socket:
         services, user = self.services, self.person.user
         self._check_room()
         refuse_tools(event.tools)
-        refuse_formats(event.text and event.text.format, "text.format")
+        refuse_formats(None if event.text is None else event.text.format, "text.format")
         conversation = conversation_of(event.conversation) or self.conversation
         if event.previous_response_id is not None:
             before = await services.replies.find(user, event.previous_response_id)
