@@ -399,6 +399,8 @@ def evaluate_command(
     from engine.weights import ModelError
     from personalization.evaluate import Extent, NothingToMeasure
 
+    if not page.parent.is_dir():  # told now, not when all is measured
+        raise operations.Refused(f"--page: expected a file in a folder that exists, got {page}")
     settings = read_settings(data=data, model=model)
     started = time.monotonic()
 
