@@ -418,7 +418,7 @@ def evaluate_command(
                 resolve_model(settings.model),
                 file,
                 extent,
-                device=settings.device,
+                device=processes.chosen_device(settings),
                 threads=settings.train_threads,
                 say=say,
             )
