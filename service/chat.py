@@ -263,7 +263,7 @@ def notice_of(event: Event) -> str | None:
         return f"learned nothing better: {event.get('reason') or 'the new version was not better'}"
     if kind == "adapter.refresh.failed":
         why = event.get("message") or event.get("code")
-        return f"nothing learned: {why}" if event.get("code") == "not_enough_turns" else f"learning failed: {why}"
+        return f"{'nothing learned' if event.get('code') == 'not_enough_turns' else 'learning failed'}: {why}"
     return None
 
 

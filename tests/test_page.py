@@ -83,8 +83,12 @@ def open_page(service: RunningService, browser: Browser) -> Iterator[Open]:
         if message.type == "error" and "Content Security Policy" in message.text:
             problems.append(message.text)
 
-    def start(user: str, viewport: dict[str, int] = DESK, scheme: str = "light") -> Page:
-        context = browser.new_context(viewport=viewport, color_scheme=scheme, locale="en-GB")
+    def start(
+        user: str, viewport: dict[str, int] = DESK, scheme: str = "light", *, touch: bool = False
+    ) -> Page:
+        context = browser.new_context(
+            viewport=viewport, color_scheme=scheme, locale="en-GB", has_touch=touch, is_mobile=touch
+        )
         contexts.append(context)
         page = context.new_page()
         page.on("request", watch_request)
@@ -371,6 +375,14 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open, scheme: st
     expect(page.locator("#sidebar")).to_be_hidden()
     assert page.evaluate(overflow) == 0
     assert page.locator(".scroller").evaluate("e => e.scrollWidth - e.clientWidth") == 0
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_a_key_is_named_only_where_there_are_keys(open_page: Open, touch: bool) -> None:
+    page = open_page("reader-of-hints", PHONE, touch=touch)
+    page.get_by_role("button", name="Show the history").click()
+    expect(page.get_by_placeholder("Search conversations")).to_be_visible()
+    expect(page.locator(".search kbd")).to_be_visible(visible=not touch)
 
 
 def test_a_chosen_theme_stays_after_a_reload(open_page: Open) -> None:
