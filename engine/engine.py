@@ -539,6 +539,8 @@ class Engine:
         now, arrived = self._clock(), sequence.arrived_at
         admitted_at = now if sequence.admitted_at is None else sequence.admitted_at
         ready_at = admitted_at if sequence.adapter_ready_at is None else sequence.adapter_ready_at
+        # A reply that goes on may find more than its prompt: the tokens it had written before, too.
+        cached = min(sequence.cached_tokens, sequence.num_prompt)
         timings = Timings(
             queued_s=admitted_at - arrived,
             adapter_load_s=ready_at - arrived if sequence.adapter_tier == "disk" else 0.0,
@@ -548,7 +550,7 @@ class Engine:
         return FinishedEvent(
             request_id=sequence.id,
             reason=reason,
-            usage=Usage(sequence.num_prompt, sequence.cached_tokens, sequence.num_output),
+            usage=Usage(sequence.num_prompt, cached, sequence.num_output),
             timings=timings,
             error_code=None if error is None else error_code(error),
             message=None if error is None else str(error) or type(error).__name__,

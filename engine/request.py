@@ -192,7 +192,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a finished reply. The K/V of `cached_tokens` of its first run came from the prefix cache."""
+    """Tokens of a finished reply. The K/V of `cached_tokens` of its prompt came from the prefix cache."""
 
     prompt_tokens: int
     cached_tokens: int

@@ -170,7 +170,8 @@ class AttuneApi:
         foreign = sum(len(others) for name, others in parsed.turns.items() if name != user)
         errors = [{"line": error.number, "message": error.message} for error in parsed.errors]
         if foreign:
-            errors.append({"line": 0, "message": f"{foreign} turns are of other users and were left out"})
+            told = f"{foreign} turns are of other users than {user!r} and were left out"
+            errors.insert(0, {"line": 0, "message": told})
         new = await self._store.append(user, turns)
         return json_response({"imported": new, "known": len(turns) - new, "errors": errors})
 

@@ -262,7 +262,8 @@ def notice_of(event: Event) -> str | None:
     if kind == "adapter.refresh.completed" and not event.get("published", True):
         return f"learned nothing better: {event.get('reason') or 'the new version was not better'}"
     if kind == "adapter.refresh.failed":
-        return f"learning failed: {event.get('message') or event.get('code')}"
+        why = event.get("message") or event.get("code")
+        return f"{'nothing learned' if event.get('code') == 'not_enough_turns' else 'learning failed'}: {why}"
     return None
 
 

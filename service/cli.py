@@ -36,8 +36,13 @@ from service.supervisor import USER_ERROR, AlreadyRunning, ChildGaveUp, running_
 from service.supervisor import serve as supervise
 
 ENGINE_TIMEOUT_S = 20.0
+A_TURN = (
+    '{"user": "ada", "conversation": "1", "at": "2026-01-31T12:00:00Z", "role": "user", "text": "Hello!"}'
+)
 T = TypeVar("T")
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 
 
 class NotRunning(RuntimeError):
@@ -224,14 +229,15 @@ def import_command(
     done = with_store(data, run)
     for error in done.errors:
         sys.stderr.write(f"line {error.number}: {error.message}\n")
-    text = f"{done.new} new turns of {done.turns}, from {done.users} people"
+    people = "1 person" if done.users == 1 else f"{done.users} people"
+    text = f"{done.new} new turns of {done.turns}, from {people}"
     answer(
         done.as_dict(),
         text + (f"; {len(done.errors)} bad lines left out" if done.errors else ""),
         as_json=as_json,
     )
     if done.errors and not done.turns:
-        sys.exit(USER_ERROR)
+        fail(f"expected a turn on each line, like {A_TURN}", USER_ERROR)
 
 
 @app.command()
@@ -276,8 +282,11 @@ def refresh(
         for one in done
     ]
     answer({"refreshed": [asdict(one) for one in done]}, "\n".join(lines), as_json=as_json)
-    if any(one.state == "failed" for one in done):
+    failures = {one.code for one in done if one.state == "failed"}
+    if "refresh_failed" in failures:
         sys.exit(1)
+    if failures and not everyone:  # of everyone, some have too little to learn from
+        sys.exit(USER_ERROR)
 
 
 @app.command()
@@ -390,6 +399,8 @@ def evaluate_command(
     from engine.weights import ModelError
     from personalization.evaluate import Extent, NothingToMeasure
 
+    if not page.parent.is_dir():  # told now, not when all is measured
+        raise operations.Refused(f"--page: expected a file in a folder that exists, got {page}")
     settings = read_settings(data=data, model=model)
     started = time.monotonic()
 
@@ -407,7 +418,7 @@ def evaluate_command(
                 resolve_model(settings.model),
                 file,
                 extent,
-                device=settings.device,
+                device=processes.chosen_device(settings),
                 threads=settings.train_threads,
                 say=say,
             )

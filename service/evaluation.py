@@ -47,7 +47,8 @@ def measure(
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     parsed = parse(lines)
-    say(f"{len(parsed.turns)} people, {sum(map(len, parsed.turns.values()))} turns")
+    left_out = f"; {len(parsed.errors)} bad lines left out" if parsed.errors else ""
+    say(f"{len(parsed.turns)} people, {sum(map(len, parsed.turns.values()))} turns{left_out}")
     model = load_model(folder, device=device, dtype=best_dtype(torch.device(device)))
     renderer = Renderer(folder, model.config.max_position_embeddings)
     if device == "cpu":
@@ -274,8 +275,9 @@ def _curve(points: Sequence[tuple[str, float, float, float]]) -> str:
 def _scale(values: Sequence[float]) -> Callable[[float], float]:
     """Value -> height on the plot, zero always on it."""
     low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
-    reach = (high - low) or 1.0
-    return lambda value: EDGE / 2 + (high - value) / reach * (HEIGHT - EDGE)
+    if low == high:  # all zero: on the ground
+        high = 1.0
+    return lambda value: EDGE / 2 + (high - value) / (high - low) * (HEIGHT - EDGE)
 
 
 def _frame(inner: str, values: Sequence[float], place: Callable[[float], float]) -> str:

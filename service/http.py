@@ -109,7 +109,7 @@ def as_api_error(error: Exception) -> ApiError:
         case msgspec.ValidationError():
             return BadRequest(str(error))
         case HTTPException(status_code=404):
-            return NotFound("no such address")
+            return NotFound(str(error.detail))
         case HTTPException():
             known = ApiError(str(error.detail), code="http_error")
             known.status, known.type = error.status_code, "invalid_request_error"
@@ -123,6 +123,8 @@ def error_handler(metrics: Metrics) -> Any:
 
     async def answer(request: Request, error: Exception) -> Response:
         known = as_api_error(error)
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            known.message = f"nothing answers {request.method} {request.url.path:.160}"
         metrics.refused.labels(code=known.code).inc()
         headers = known.headers()
         if known.status == 401:

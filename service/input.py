@@ -8,7 +8,7 @@ from typing import Any
 
 from personalization.history import InvalidTurn, Role, Turn
 from service.errors import BadRequest, ContextTooLong
-from service.protocol import CreateChatCompletion, CreateResponse, InputItem, text_of
+from service.protocol import CreateChatCompletion, CreateResponse, InputItem, OutputFormat, text_of
 
 SYSTEM_ROLES = ("system", "developer")
 
@@ -50,6 +50,11 @@ def chat_conversation(user: str, said: Said) -> str:
 def refuse_tools(tools: list[Any] | None) -> None:
     if tools:
         raise BadRequest("tools: expected none, this model cannot call any", param="tools")
+
+
+def refuse_formats(asked: OutputFormat | None, param: str) -> None:
+    if asked is not None and asked.type != "text":
+        raise BadRequest(f"{param}.type: expected text, got {asked.type!r:.80}", param=param)
 
 
 def _said(items: Sequence[InputItem], param: str) -> Said:

@@ -15,7 +15,7 @@ from service.errors import ApiError, BadRequest, ModelNotFound, NotFound, Server
 from service.events import Completed, Created, Failed, Incomplete, TextDelta, json_bytes
 from service.events import Response as ReplyObject
 from service.http import Door, as_api_error, event_stream, json_response, read_json, sse
-from service.input import chat_conversation, refuse_tools, said_in_chat, said_in_response
+from service.input import chat_conversation, refuse_formats, refuse_tools, said_in_chat, said_in_response
 from service.protocol import CreateChatCompletion, CreateResponse, conversation_of, parse_model
 from service.replies import Replies
 from service.reply import Reply
@@ -50,6 +50,7 @@ class OpenAIApi:
         person = await self._door.person(request)
         asked = await read_json(request, CreateResponse)
         refuse_tools(asked.tools)
+        refuse_formats(None if asked.text is None else asked.text.format, "text.format")
         conversation = conversation_of(asked.conversation)
         if asked.previous_response_id is not None:
             before = await self._replies.find(person.user, asked.previous_response_id)
@@ -89,6 +90,7 @@ class OpenAIApi:
         person = await self._door.person(request)
         asked = await read_json(request, CreateChatCompletion)
         refuse_tools(asked.tools)
+        refuse_formats(asked.response_format, "response_format")
         if asked.n not in (None, 1):
             raise BadRequest(f"n: expected 1, got {asked.n}", param="n")
         said = said_in_chat(asked)

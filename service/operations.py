@@ -90,7 +90,8 @@ async def make_population(
 
 @dataclass(frozen=True)
 class Refreshed:
-    """How one person's refresh ended. `state` is completed, failed, or queued when nobody waited."""
+    """How one person's refresh ended. `state` is completed, failed, or queued when nobody waited; `code` says
+    what kind of failure: refresh_failed is the service's."""
 
     user: str
     job_id: str
@@ -99,6 +100,7 @@ class Refreshed:
     trial: bool = False
     version: int = 0
     reason: str = ""
+    code: str = ""
 
 
 async def refresh(
@@ -134,6 +136,7 @@ async def refresh(
                     trial=bool(state.get("trial")),
                     version=int(state.get("to") or 0),
                     reason=str(state.get("reason") or state.get("message") or ""),
+                    code=str(state.get("code") or ""),
                 )
             on_progress(sum(shares.values()) / len(jobs), f"{len(results)} of {len(jobs)} people")
 
@@ -146,7 +149,7 @@ async def refresh(
                     event = news.result()
                     user = event.get("user")
                     if user in jobs and event.get("type") == "adapter.forgotten":  # and so is the job
-                        end = {"state": "failed", "message": "forgotten meanwhile"}
+                        end = {"state": "failed", "code": "forgotten", "message": "forgotten meanwhile"}
                         take(user, {"job_id": jobs[user], **end})
                     elif user in jobs and "state" in event:
                         take(user, event)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from service.settings import Settings, private_folder, read_or_create_secret
+from service.settings import Settings, SettingsError, private_folder, read_or_create_secret
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -76,8 +76,19 @@ def engine_config(
     )
 
 
+def chosen_device(settings: Settings) -> str:
+    """cpu or cuda. Raises SettingsError: a GPU that is not there does not come by starting again."""
+    import torch
+
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("ATTUNE_DEVICE", "expected a GPU that PyTorch can use for cuda, found none")
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device
+
+
 async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
-    """Load the model, answer on the engine's socket. Raises ModelUnusable."""
+    """Load the model, answer on the engine's socket. Raises ModelUnusable, SettingsError."""
     import torch
 
     from engine.engine import Engine
@@ -85,9 +96,7 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     from engine.server import serve
     from engine.weights import ModelError, load_model
 
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(settings)
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"

@@ -82,6 +82,14 @@ class _Asked(Struct, kw_only=True):
     tools: list[Any] | None = None
 
 
+class OutputFormat(Struct):
+    type: str = "text"
+
+
+class TextOptions(Struct):
+    format: OutputFormat | None = None
+
+
 class CreateResponse(_Asked, kw_only=True):
     """The body of `POST /v1/responses`, and the fields of `response.create`.
 
@@ -93,6 +101,7 @@ class CreateResponse(_Asked, kw_only=True):
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
     background: bool | None = None
+    text: TextOptions | None = None
 
 
 class StreamOptions(Struct):
@@ -106,6 +115,7 @@ class CreateChatCompletion(_Asked, kw_only=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
+    response_format: OutputFormat | None = None
     stream_options: StreamOptions | None = None
 
 

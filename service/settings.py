@@ -53,7 +53,10 @@ class Settings(BaseModel):
     data: Path = Path("data")
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
-    redis_url: Annotated[str | None, BeforeValidator(_optional)] = None  # None: a private server in `data`
+    # None: a private server in `data`
+    redis_url: Annotated[str | None, BeforeValidator(_optional)] = Field(
+        default=None, pattern="^(redis|rediss|unix)://"
+    )
 
     # the base model: "demo", a local Hugging Face folder or a hub id; the name people see, when it is another
     model: str = "demo"
@@ -204,9 +207,17 @@ class Settings(BaseModel):
         return self.model_name or self.model
 
 
+def make_folder(path: Path) -> None:
+    """Make `path`, and what lies above it, unless it is there. Raises SettingsError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(str(path), f"expected a folder, or room for one: {error.strerror}") from None
+
+
 def private_folder(path: Path) -> Path:
     """Make `path` a folder only this user can enter, or refuse: whoever owns it owns the sockets in it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(path)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise SettingsError(str(path), "expected a folder of this user, got something else")
@@ -223,8 +234,8 @@ def read_or_create_secret(path: Path) -> bytes:
     """
     try:
         text = path.read_text()
-    except FileNotFoundError:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError):
+        make_folder(path.parent)
         aside = path.with_name(f"{path.name}.{os.getpid()}")
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:

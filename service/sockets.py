@@ -26,7 +26,7 @@ from service.events import (
     error_event,
 )
 from service.http import as_api_error
-from service.input import refuse_tools, said_in_response
+from service.input import refuse_formats, refuse_tools, said_in_response
 from service.limits import RateLimits
 from service.metrics import Metrics
 from service.outbox import Outbox, OutboxFull
@@ -276,6 +276,7 @@ class Socket:
         services, user = self.services, self.person.user
         self._check_room()
         refuse_tools(event.tools)
+        refuse_formats(None if event.text is None else event.text.format, "text.format")
         conversation = conversation_of(event.conversation) or self.conversation
         if event.previous_response_id is not None:
             before = await services.replies.find(user, event.previous_response_id)

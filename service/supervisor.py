@@ -22,7 +22,7 @@ import structlog
 
 from service import leash
 from service.redis_child import LOG_FILE, RedisBinary, answers, find_redis, redis_argv, sync_files
-from service.settings import Settings, SettingsError, private_folder, read_or_create_secret
+from service.settings import Settings, SettingsError, make_folder, private_folder, read_or_create_secret
 
 USER_ERROR = 2
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0
@@ -261,7 +261,7 @@ def require_free_port(host: str, port: int) -> None:
 @contextmanager
 def data_lock(path: Path) -> Iterator[None]:
     """Hold the data folder for this process. Raises AlreadyRunning."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("a+") as file:
         for attempt in range(LOCK_ATTEMPTS):
             try:
@@ -283,7 +283,7 @@ def is_running(path: Path) -> bool:
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
         return True

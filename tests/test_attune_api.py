@@ -273,10 +273,15 @@ async def test_guessing_tokens_shuts_the_address_out(service: TinyService) -> No
 
 async def test_unknown_addresses_and_methods_are_errors_in_the_same_form(service: TinyService) -> None:
     async with service.gateway() as gateway, web(gateway) as client:
-        for method, path, status in (("GET", "/v1/nothing", 404), ("PUT", "/v1/responses", 405)):
+        for method, path, status in (
+            ("GET", "/v1/nothing", 404),
+            ("GET", "/v1/responses", 404),
+            ("PUT", "/v1/responses", 405),
+            ("POST", "/v1/embeddings", 405),
+        ):
             answer = await client.request(method, path)
             assert answer.status_code == status
-            assert answer.json()["error"]["message"]
+            assert answer.json()["error"]["message"] == f"nothing answers {method} {path}"
 
 
 async def test_health_and_readiness(service: TinyService) -> None:

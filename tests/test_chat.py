@@ -185,4 +185,6 @@ async def test_the_terminal_says_once_that_a_refresh_began() -> None:
 def test_only_what_a_person_wants_to_know_becomes_a_notice() -> None:
     assert notice_of({"type": "adapter.refresh.progress", "progress": 0.5}) is None
     assert "boom" in str(notice_of({"type": "adapter.refresh.failed", "message": "boom"}))
+    few = {"type": "adapter.refresh.failed", "code": "not_enough_turns", "message": "3 of 50"}
+    assert notice_of(few) == "nothing learned: 3 of 50"  # which is no failure
     assert who({"metadata": {"adapter_version": "0"}}) == "base"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jwt
 import pytest
+import torch
 from typer.main import get_command
 
 from personalization.history import dump
@@ -45,12 +46,15 @@ def test_a_token_is_signed_for_a_person_and_a_time(tmp_path: Path) -> None:
         (("forget", "ada", "--yes"), "does not run on"),
         (("token", ""), "user"),
         (("serve", "--model", "dmeo"), "expected demo, a folder, or a hub id"),
+        (("serve", "--data", "/dev/null"), "/dev/null: expected a folder, or room for one"),
+        (("token", "ada", "--data", "/dev/null/x"), "/dev/null/x: expected a folder, or room for one"),
+        (("export", "ada", "--data", "/dev/null"), "does not run on"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(
     arguments: tuple[str, ...], told: str, tmp_path: Path
 ) -> None:
-    error = attune(*arguments, "--data", str(tmp_path), code=2)
+    error = attune(arguments[0], "--data", str(tmp_path), *arguments[1:], code=2)
     assert told in error
     assert error.startswith("attune: ")
     assert error.count("\n") == 1
@@ -59,6 +63,12 @@ def test_a_mistake_is_one_line_and_exit_code_two(
 def test_a_setting_that_does_not_exist_is_named(tmp_path: Path) -> None:
     error = attune("token", "ada", "--data", str(tmp_path), code=2, ATTUNE_PROT="80")
     assert error == "attune: ATTUNE_PROT: there is no such setting\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    error = attune("engine", "--data", str(tmp_path), code=2, ATTUNE_DEVICE="cuda")
+    assert error == "attune: ATTUNE_DEVICE: expected a GPU that PyTorch can use for cuda, found none\n"
 
 
 def test_every_command_has_help_and_json() -> None:
@@ -71,6 +81,12 @@ def test_every_command_has_help_and_json() -> None:
         assert command.help, name
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--data", "--json"} <= options, name
+
+
+def test_the_help_tells_the_defaults() -> None:
+    told = " ".join(attune("serve", "--help", COLUMNS="200").split())
+    for default in ("./data", "demo", "8080", "127.0.0.1, this machine only", "a private one is started"):
+        assert f"[default: {default}]" in told
 
 
 def test_a_population_adapter_is_made_of_a_file_without_a_running_service(tmp_path: Path) -> None:

@@ -253,6 +253,15 @@ def test_the_next_turn_finds_the_reply_before_it_in_the_prefix_cache(build: Buil
     assert answer(engine, second).finished["turn 2"].usage.cached_tokens == 64
 
 
+def test_what_a_reply_that_goes_on_had_written_before_is_no_part_of_its_cached_prompt(build: Build) -> None:
+    engine = build()
+    first = ask("first", 30, replace(GREEDY, max_tokens=40), ADA)
+    written = answer(engine, first).tokens["first"]
+    usage = answer(engine, replace(first, id="again", generated=tuple(written[:-2]))).finished["again"].usage
+    assert engine.stats().prefix["hit_tokens"] == 64
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (30, 30, 40)
+
+
 def test_no_prefix_is_shared_with_another_version(build: Build) -> None:
     engine = build()
     answer(engine, MIXED[1])

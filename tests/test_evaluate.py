@@ -26,7 +26,7 @@ from personalization.history import Turn, dump
 from personalization.prompt import Renderer
 from personalization.refresh import RefreshPolicy
 from personalization.train import Recipe
-from service.evaluation import page, served, table
+from service.evaluation import _scale, page, served, table
 from tests.small_model import save_small_model, talk
 from tests.test_cli import attune
 
@@ -182,9 +182,17 @@ def test_the_command_measures_a_file_and_writes_its_page(tmp_path: Path) -> None
     done = subprocess.run(lost, capture_output=True, text=True, check=False, timeout=120, env=on_cpu)
     assert done.returncode == 1  # no page can be a folder; what was measured is told before
     assert json.loads(done.stdout.splitlines()[-1])["loss"] == numbers["loss"]
-    file.write_text("")
+    nowhere = str(tmp_path / "no folder" / "plots.html")
+    error = attune("evaluate", str(file), *options, "--page", nowhere, code=2)
+    assert error == f"attune: --page: expected a file in a folder that exists, got {nowhere}\n"
+    file.write_text("not a line")
     error = attune("evaluate", str(file), *options, code=2, ATTUNE_DEVICE="cpu")
+    assert "0 people, 0 turns; 1 bad lines left out" in error
     assert "expected someone with 50 turns to learn" in error
+
+
+def test_a_plot_of_zeros_has_them_on_the_ground() -> None:
+    assert _scale([0.0, 0.0])(0.0) == _scale([0.0, 1.0])(0.0) > _scale([0.0, -1.0])(0.0)
 
 
 @pytest.mark.parametrize("people", [4, 5, 7, 12])

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,14 @@ from personalization.history import (
 )
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
+
+
+def test_the_readme_shows_lines_that_can_be_read() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_bytes()
+    shown = readme.partition(b"```json\n")[2].partition(b"```")[0].splitlines()
+    parsed = parse(shown)
+    assert parsed.errors == []
+    assert [turn.role for turn in parsed.turns["ada"]] == ["user", "assistant"]
 
 
 def line(**fields: object) -> bytes:

@@ -18,6 +18,7 @@ from openai import OpenAI
 from engine.adapter_files import LoraModule, LoraWeights, write_adapter
 from engine.model import module_shape
 from engine.weights import read_config
+from personalization.history import parse
 from service import demo_model
 from service.chat import TERMINAL, ChatClient
 from tests.running_service import PROCESSES, RunningService, running_service
@@ -255,7 +256,12 @@ def grep(folder: Path, *words: str) -> list[str]:
 
 def test_commands_answer_mistakes_in_one_line(service: RunningService, tmp_path: Path) -> None:
     assert "expected a person's name or --all" in service.attune("refresh", code=2)
-    assert "line 1: " in service.attune("import", "-", text="not json\n", code=2)
+    told = service.attune("import", "-", text="not json\n", code=2)
+    assert told.startswith("line 1: ")
+    example = told.splitlines()[-1].partition(" like ")[2]
+    assert parse([example.encode()]).errors == []
+    service.attune("import", "-", text=history("newcomer", pairs=1))
+    service.attune("refresh", "newcomer", "--wait", code=2)  # nothing failed: there is too little to learn
     for arguments in (("rollback", "nobody", "7"), ("import-adapter", "nobody", str(tmp_path / "none"))):
         told = service.attune(*arguments, code=2)
         assert told.startswith("attune: ")

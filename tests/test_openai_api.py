@@ -357,6 +357,7 @@ async def test_another_persons_response_is_not_found(service: TinyService) -> No
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input"),
         ({"input": "x", "tools": [{"type": "function"}]}, "tools"),
+        ({"input": "x", "text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"input": "x", "conversation": "a\nb"}, "conversation"),
         ({"input": "x", "metadata": {"k": "v" * 600}}, "metadata"),
         ({"input": "x", "stop": [""]}, "stop"),
@@ -371,6 +372,16 @@ async def test_a_bad_field_is_a_400_that_names_it(
             await gateway.client("ann").responses.create(model="me", extra_body=body)
         assert caught.value.param == param
         assert await service.store.turns("ann") == []
+
+
+async def test_a_chat_completion_in_another_format_than_text_is_refused(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        chat = gateway.client("ann").chat.completions
+        said: Any = {"model": "me", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        with pytest.raises(openai.BadRequestError, match="expected text, got 'json_object'"):
+            await chat.create(**said, response_format={"type": "json_object"})
+        assert await service.store.turns("ann") == []
+        await chat.create(**said, response_format={"type": "text"})
 
 
 async def test_a_message_longer_than_the_context_is_refused_before_anything_is_saved(

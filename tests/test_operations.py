@@ -43,7 +43,7 @@ async def test_a_refresh_is_followed_to_each_persons_end(store: Store) -> None:
         await asyncio.sleep(0.1)
         for user, end in (
             ("ada", {"state": "completed", "published": True, "from": 0, "to": 1}),
-            ("bob", {"state": "failed", "code": "too_little", "message": "too few turns"}),
+            ("bob", {"state": "failed", "code": "not_enough_turns", "message": "too few turns"}),
         ):
             await store.publish_progress(
                 user, {"job_id": f"job-{user}", "state": "training", "progress": 0.5}
@@ -63,7 +63,7 @@ async def test_a_refresh_is_followed_to_each_persons_end(store: Store) -> None:
         ("ada", "completed", True, 1),
         ("bob", "failed", False, 0),
     ]
-    assert done[1].reason == "too few turns"
+    assert (done[1].reason, done[1].code) == ("too few turns", "not_enough_turns")
     assert shares[-1] == 1.0
 
 

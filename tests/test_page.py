@@ -83,8 +83,12 @@ def open_page(service: RunningService, browser: Browser) -> Iterator[Open]:
         if message.type == "error" and "Content Security Policy" in message.text:
             problems.append(message.text)
 
-    def start(user: str, viewport: dict[str, int] = DESK, scheme: str = "light") -> Page:
-        context = browser.new_context(viewport=viewport, color_scheme=scheme, locale="en-GB")
+    def start(
+        user: str, viewport: dict[str, int] = DESK, scheme: str = "light", *, touch: bool = False
+    ) -> Page:
+        context = browser.new_context(
+            viewport=viewport, color_scheme=scheme, locale="en-GB", has_touch=touch, is_mobile=touch
+        )
         contexts.append(context)
         page = context.new_page()
         page.on("request", watch_request)
@@ -373,6 +377,14 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open, scheme: st
     assert page.locator(".scroller").evaluate("e => e.scrollWidth - e.clientWidth") == 0
 
 
+@pytest.mark.parametrize("touch", [False, True])
+def test_a_key_is_named_only_where_there_are_keys(open_page: Open, touch: bool) -> None:
+    page = open_page("reader-of-hints", PHONE, touch=touch)
+    page.get_by_role("button", name="Show the history").click()
+    expect(page.get_by_placeholder("Search conversations")).to_be_visible()
+    expect(page.locator(".search kbd")).to_be_visible(visible=not touch)
+
+
 def test_a_chosen_theme_stays_after_a_reload(open_page: Open) -> None:
     page = open_page("painter", scheme="light")
     paper = "getComputedStyle(document.body).backgroundColor"
@@ -406,6 +418,37 @@ def test_a_history_brought_in_becomes_a_version_that_answers_next_and_can_be_tak
     expect(page.locator("#adapter-chip")).to_have_text("base")
     page.get_by_role("button", name="Use this").click()
     expect(page.locator("#adapter-chip")).to_have_text("v1")
+
+
+def test_what_became_of_a_file_is_seen_without_scrolling_and_says_what_is_wrong(open_page: Open) -> None:
+    page = open_page("librarian", viewport={"width": 1280, "height": 640})
+    page.locator("summary", has_text="Your data").click()
+    told = page.locator(".fold .outcome")
+
+    def bring(content: bytes) -> None:
+        file = {"name": "history.jsonl", "mimeType": "application/x-ndjson", "buffer": content}
+        page.get_by_label("History file").set_input_files([file])
+
+    bring(history("somebody-else") + b"\n" + b"not a turn\n" * 6)
+    expect(told.locator("b")).to_have_text("No turn of yours in that file")
+    expect(told.locator("p").first).to_have_text(
+        "120 turns are of other users than 'librarian' and were left out"
+    )
+    expect(told.locator("p").nth(1)).to_have_text(re.compile("^Line 121: "))
+    expect(told.locator("b")).to_be_in_viewport()
+    bring(history("librarian"))
+    expect(told.locator("b")).to_have_text("120 turns brought in")
+    expect(page.locator(".refresh-box .caption")).to_have_text("120 new turns to learn from.")
+    bring(history("librarian"))
+    expect(told.locator("b")).to_have_text("Nothing new in that file")
+
+
+def test_what_is_too_long_is_not_offered_to_be_tried_again(open_page: Open) -> None:
+    page = open_page("novelist")
+    say(page, "word " * 9000)
+    expect(page.locator(".reply .problem")).to_contain_text("expected a message of at most", timeout=REPLY_MS)
+    expect(page.locator(".reply .problem").get_by_role("button")).to_have_count(0)
+    expect(page.get_by_role("button", name="Edit and send again")).to_be_visible()
 
 
 def give_version(
@@ -454,6 +497,7 @@ def test_what_a_version_learned_from_is_read_and_taken_out_on_the_page(
     version = page.locator("[data-version='1']")
     expect(version.locator(".interval")).to_be_visible()
     expect(version).to_contain_text("−10.0 % loss on 12 unseen turns")
+    expect(version).not_to_contain_text("example")  # its rows say nothing to a person
     version.get_by_text("Learned from 120 turns").click()
     expect(version.locator(".learned li")).to_have_count(12)
     version.get_by_role("button", name="Show all").click()

@@ -32,6 +32,7 @@ def test_a_flag_that_was_not_given_does_not_hide_the_environment() -> None:
         ({"ATTUNE_PORT": "many"}, {}, "ATTUNE_PORT"),
         ({"ATTUNE_PROT": "8080"}, {}, "ATTUNE_PROT"),
         ({}, {"port": 70000}, "--port"),
+        ({}, {"redis_url": "localhost:6379"}, "--redis-url"),
         ({}, {"auto_refresh_after": -1}, "--auto-refresh-after"),
     ],
 )

@@ -15,6 +15,7 @@ export class ApiError extends Error {
 
 export interface ImportResult {
   imported: number;
+  known: number;
   errors: { line: number; message: string }[];
 }
 
@@ -70,6 +71,7 @@ export class Api {
     const errors = Array.isArray(body["errors"]) ? (body["errors"] as Record<string, unknown>[]) : [];
     return {
       imported: Number(body["imported"] ?? body["added"] ?? body["turns"] ?? 0),
+      known: Number(body["known"] ?? 0),
       errors: errors.map((error) => ({
         line: Number(error["line"] ?? error["number"] ?? 0),
         message: String(error["message"] ?? "not understood"),

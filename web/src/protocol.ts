@@ -54,7 +54,6 @@ export interface Version {
   accepted: boolean;
   reason?: string;
   numbers?: Record<string, unknown>;
-  examples?: number;
   /** How many turns it was trained on, and how many it has seen that are not to be learned any more. */
   turns?: number;
   marked?: number;

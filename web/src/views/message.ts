@@ -73,8 +73,10 @@ export function replyView(app: App, item: ReplyItem): ItemView {
       problem.replaceChildren(
         icon("warn"),
         h("span", { text: reply?.error?.message ?? "The reply failed." }),
-        button({ class: "plain", icon: "retry", label: "Try again", wide: true, press: () => app.retry(item) }),
       );
+      if (reply?.error?.code !== "context_length_exceeded") { // which would be too long again
+        problem.append(button({ class: "plain", icon: "retry", label: "Try again", wide: true, press: () => app.retry(item) }));
+      }
     }
     setText(note, noteOf(app, item));
     note.hidden = note.textContent === "";
@@ -201,7 +203,7 @@ function facts(app: App, item: ReplyItem): HTMLElement {
   const trained = item.version ? app.state.versions?.find((one) => one.version === item.version) : undefined;
   if (trained) {
     if (trained.created_at) rows.push(["Trained", dateTime(trained.created_at)]);
-    if (trained.examples) rows.push(["Learned from", plural(trained.examples, "example")]);
+    if (trained.turns) rows.push(["Learned from", plural(trained.turns, "turn")]);
     for (const [key, value] of Object.entries(trained.numbers ?? {})) rows.push([words(key), figure(value)]);
   }
   return factList(rows);

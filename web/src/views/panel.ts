@@ -107,7 +107,7 @@ function learning(app: App): HTMLElement {
       working && refresh
         ? `${STAGE_WORDS[refresh.stage]}${refresh.stage === "training" ? ` ${Math.round(refresh.progress * 100)} %` : "…"} · ${elapsed(refresh)}`
         : fresh
-          ? `${plural(fresh, "new turn")} since the last refresh.`
+          ? `${plural(fresh, "new turn")} to learn from.`
           : me?.learned_turns
             ? "Nothing new since the last refresh."
             : "Talk a little first, or bring in a history below.",
@@ -233,16 +233,17 @@ function data(app: App): HTMLElement {
     }
     setAttr(told, "data-tone", result.errors.length ? "bad" : "good");
     told.replaceChildren(
-      h("b", { text: result.imported ? `${plural(result.imported, "turn")} brought in` : "Nothing new in that file" }),
-      ...result.errors.slice(0, 5).map((error) => h("p", { text: `Line ${error.line}: ${error.message}` })),
+      h("b", { text: result.imported ? `${plural(result.imported, "turn")} brought in` : result.known ? "Nothing new in that file" : "No turn of yours in that file" }),
+      ...result.errors.slice(0, 5).map((error) => h("p", { text: error.line ? `Line ${error.line}: ${error.message}` : error.message })),
       result.errors.length > 5 ? h("p", { text: `and ${result.errors.length - 5} more` }) : h("span"),
     );
+    told.scrollIntoView({ block: "nearest" }); // it stands at the panel's end, below what is seen of a long one
   }
   return h(
     "details",
     { class: "fold" },
     h("summary", {}, h("span", { text: "Your data" }), icon("chevron")),
-    h("p", { class: "caption", text: "JSON Lines, one turn a line. Bringing in the same file twice changes nothing." }),
+    h("p", { class: "caption", text: "JSON Lines, one turn a line, as an export has them. Bringing in the same file twice changes nothing." }),
     h(
       "div",
       { class: "column" },

@@ -50,7 +50,7 @@ class Opened {
 
 function versionRow(app: App, one: Version, serving: number, opened: Opened): HTMLElement {
   const current = one.version === serving;
-  const facts = [one.created_at ? shortTime(one.created_at) : "", one.examples ? plural(one.examples, "example") : "", one.population ? `began with what everyone begins with (${one.population})` : ""];
+  const facts = [one.created_at ? shortTime(one.created_at) : "", one.population ? `began with what everyone begins with (${one.population})` : ""];
   const gain = gainOf(one.numbers ?? {});
   const numbers = Object.entries(one.numbers ?? {});
   return h(
