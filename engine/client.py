@@ -127,8 +127,12 @@ class EngineClient:
         stream = Stream(self, self._number(), request)
         self._streams[stream._number] = stream
         writer.write(wire.encode(wire.Submit(stream._number, request)))
-        with suppress(ConnectionError):  # the reading side sees the loss too, and tells every stream
-            await writer.drain()
+        try:
+            with suppress(ConnectionError):  # the reading side sees the loss too, and tells every stream
+                await writer.drain()
+        except asyncio.CancelledError:  # nobody will read what the engine has been sent
+            self._cancel(stream._number)
+            raise
         return stream
 
     async def prefetch(self, ref: AdapterRef) -> None:

@@ -264,9 +264,10 @@ def refresh(
         people = [user] if user is not None else [name async for name in store.users()]
         if not people:
             raise operations.Refused("nobody has a history yet: import one with `attune import FILE`")
+        reason = "asked" if user is not None else "all"  # those for whom nobody asks do not go first
         with progress("learning") as show:
             return await operations.refresh(
-                store, people, lambda who: actions.refresh(who, "asked"), wait=wait, on_progress=show
+                store, people, lambda who: actions.refresh(who, reason), wait=wait, on_progress=show
             )
 
     done = with_store(data, run)

@@ -230,6 +230,21 @@ async def test_a_missing_adapter_ends_its_own_reply_only(world: World, start: St
         assert (await read(good))[0] == said(world, ask("good", adapter=ADA))
 
 
+async def test_a_submission_cancelled_while_it_is_sent_is_cancelled_in_the_engine_too(start: Start) -> None:
+    long = replace(GREEDY, max_tokens=900)
+    async with await (await start()).connect() as client:
+        submitting = asyncio.create_task(
+            client.submit(ask("a", sampling=long, user_key="more than a socket takes at once" * 40_000))
+        )
+        await until(lambda: bool(client._streams))
+        (stream,) = client._streams.values()
+        assert not submitting.done()
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        assert (await read(stream))[1].reason == "cancelled"
+
+
 async def test_cancel_ends_the_stream(start: Start) -> None:
     async with await (await start()).connect() as client:
         stream = await client.submit(ask("a", sampling=replace(GREEDY, max_tokens=900)))
