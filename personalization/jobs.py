@@ -106,7 +106,8 @@ async def request_refresh(
     if somebody asks for what nobody had asked for. One for now takes the place of one for later that has not
     begun.
 
-    `reason`: asked | all | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0 for now.
+    `reason`: asked | all | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0
+    for now.
     """
     jobs = jobs or JobPolicy()
     key, job_id = job_key(store, user), uuid.uuid4().hex

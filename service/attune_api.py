@@ -163,6 +163,7 @@ class AttuneApi:
     async def import_history(self, request: Request) -> Response:
         """Add the body's turns, JSON Lines, to the caller's history. Lines of other people are errors."""
         user = (await self._door.person(request)).user
+        epoch = (await self._store.pointer(user)).epoch
         body = await read_limited(request, MAX_IMPORT_BYTES)
         now = datetime.fromtimestamp(self._services.clock(), UTC)
         parsed = await asyncio.to_thread(parse, body.splitlines(), not_after=now + CLOCK_SKEW)
@@ -171,7 +172,7 @@ class AttuneApi:
         errors = [{"line": error.number, "message": error.message} for error in parsed.errors]
         if foreign:
             errors.append({"line": 0, "message": f"{foreign} turns are of other users and were left out"})
-        new = await self._store.append(user, turns)
+        new = await self._store.append(user, turns, epoch=epoch)
         return json_response({"imported": new, "known": len(turns) - new, "errors": errors})
 
     async def export(self, request: Request) -> Response:

@@ -42,12 +42,14 @@ class Imported:
 
 
 async def import_histories(store: Store, lines: Iterable[bytes], on_progress: Progress) -> Imported:
-    """Read the interchange format and append what is new. Appending twice changes nothing."""
+    """Read the interchange format and append what is new. Appending twice changes nothing. Raises
+    HistoryForgotten when a person is forgotten meanwhile."""
     on_progress(0.0, "reading")
     parsed = await asyncio.to_thread(parse, lines, not_after=datetime.now(UTC) + CLOCK_SKEW)
     total, done, new = sum(map(len, parsed.turns.values())), 0, 0
     for user, turns in parsed.turns.items():
-        new += await store.append(user, turns)
+        epoch = (await store.pointer(user)).epoch
+        new += await store.append(user, turns, epoch=epoch)
         done += len(turns)
         on_progress(done / total, f"{done} of {total} turns")
     return Imported(len(parsed.turns), total, new, parsed.errors)
