@@ -303,23 +303,19 @@ def _finished(
     bench: Bench, gate: Gate, judged: Adapters, lessons: Sequence[Lesson], extent: Extent
 ) -> list[LoraWeights | None]:
     """Each that was accepted as it is published: with the turns learned that judged it, where that goes."""
-    found = list(judged)
-    asked = {
-        at: Accepted(weights, lesson.train, lesson.newest, at)
-        for at, (weights, lesson) in enumerate(zip(judged, lessons, strict=True))
-        if weights is not None and lesson.newest
-    }
+    accepted = [
+        None if weights is None else Accepted(weights, lesson.train, lesson.newest, seed)
+        for seed, (weights, lesson) in enumerate(zip(judged, lessons, strict=True))
+    ]
     done = finish(
         bench.model,
         gate,
-        list(asked.values()),
+        accepted,
         bench.policy.finish,
         bench.policy.gate,
         people_at_once=extent.people_at_once,
     )
-    for at, weights in zip(asked, done, strict=True):
-        found[at] = weights or found[at]
-    return found
+    return [after or before for before, after in zip(judged, done, strict=True)]
 
 
 def _means(bench: Bench, adapters: Adapters, rows: Sequence[Sequence[Example]]) -> list[float]:
