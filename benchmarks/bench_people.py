@@ -30,7 +30,7 @@ from benchmarks.common import report
 from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.weights import LoadedModel, load_model
 from personalization.evaluate import interval
-from personalization.examples import split
+from personalization.examples import serving_rows, words
 from personalization.history import Turn, dump, learned, parse
 from personalization.prompt import Example, Renderer
 from personalization.refresh import RefreshPolicy, choose
@@ -42,7 +42,7 @@ from service.settings import Settings
 from tests.running_service import ROOT, RunningService, running_service
 
 HELD_OUT = 0.2
-WINDOW_TOKENS, CONTEXT_TOKENS = 1024, 768
+WINDOW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,19 @@ class Held:
 
 
 def cut(user: str, turns: list[Turn], renderer: Renderer) -> Held:
-    """The newest fifth of the learned turns, and what follows its first one, is held out."""
+    """The newest fifth of the learned turns, and what follows its first one, is held out; judged are those
+    that do not repeat an older one's words."""
     lessons = [place for place, turn in enumerate(turns) if learned(turn)]
     first = lessons[len(lessons) - max(1, round(len(lessons) * HELD_OUT))]
-    parts = split(
-        turns,
+    known = {words(turn) for turn in turns[:first] if learned(turn)}
+    rows = serving_rows(
+        turns[:first],
+        turns[first:],
         renderer,
-        window_tokens=WINDOW_TOKENS,
-        gate_context_tokens=CONTEXT_TOKENS,
-        gate_fraction=(len(lessons) - lessons.index(first)) / len(lessons),
+        most_tokens=WINDOW_TOKENS,
+        learn=lambda turn: learned(turn) and words(turn) not in known,
     )
-    return Held(user, turns[:first], parts.gate)
+    return Held(user, turns[:first], rows)
 
 
 def mean_losses(
