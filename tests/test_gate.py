@@ -86,6 +86,12 @@ def test_too_little_held_out_is_said_and_gives_no_average(model, own, held_out):
     assert set(verdict.numbers) == {"turns", "tokens", "drift"}
 
 
+def test_the_least_number_of_turns_is_enough_to_judge_by(model, own):
+    verdict = judge(model, own, None, HELD_OUT[:4], policy(min_turns=4))
+    assert verdict.numbers["turns"] == 4
+    assert "gain" in verdict.numbers
+
+
 def test_two_turns_of_one_row_count_as_two(model, own):
     first, second = HELD_OUT[:2]
     row = Example(first.token_ids + second.token_ids, first.learn_mask + second.learn_mask)
