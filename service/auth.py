@@ -39,12 +39,12 @@ class _Ticket(msgspec.Struct, frozen=True):
 
 
 def allowed_origins(host: str, port: int, extra: Iterable[str] = ()) -> frozenset[str]:
-    """The page's own addresses and `extra`. Never derived from a request's Host header: under DNS rebinding
-    that header is the attacker's name."""
+    """The page's own addresses, as browsers write them, and `extra`. Never derived from a request's Host
+    header: under DNS rebinding that header is the attacker's name."""
     hosts = {"localhost", "127.0.0.1", "[::1]"}
-    if host not in ("0.0.0.0", "::", "::1"):
-        hosts.add(host)
-    own = {f"http://{name}:{port}" for name in hosts}
+    if host not in ("0.0.0.0", "::"):
+        hosts.add(f"[{host}]" if ":" in host else host)
+    own = {f"http://{name}" if port == 80 else f"http://{name}:{port}" for name in hosts}
     return frozenset(own | {origin.rstrip("/") for origin in extra})
 
 
