@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.adapter_files import LoraWeights
-from personalization.gate import Case, Gate, GatePolicy, scaled, student_quantile
+from personalization.gate import Case, Gate, GatePolicy, scaled, student_quantile, weigh
 from personalization.prompt import Example
 from personalization.score import token_losses
 from personalization.train import Person, Recipe, train
@@ -75,6 +75,21 @@ def test_the_same_gain_on_few_turns_that_disagree_is_not_enough(model, own, stra
     cautious = policy(confidence=0.95)
     assert not judge(model, own, strangers, mixed, cautious).accepted
     assert judge(model, own, strangers, habits(1, 5), cautious).accepted
+
+
+def test_the_interval_is_that_of_a_ratio_over_turns():
+    sizes, better = [1, 2, 3, 2], [0.5, 0.2, 0.9, -0.1]
+    rows = [Example((0,) * (1 + size), (False,) + (True,) * size) for size in sizes]
+    before = [torch.full((size,), 2.0) for size in sizes]
+    after = [row - gained / size for row, gained, size in zip(before, better, sizes, strict=True)]
+    numbers = weigh(rows, before, after, policy()).numbers
+    gain = 1.5 / 8
+    spread = sum((d - gain * n) ** 2 for d, n in zip(better, sizes, strict=True))
+    reach = student_quantile(0.8, 3) * math.sqrt(4 / 3 * spread) / 8
+    assert numbers["gain"] == pytest.approx(gain)
+    assert numbers["gain_low"] == pytest.approx(gain - reach)
+    assert numbers["gain_high"] == pytest.approx(gain + reach)
+    assert numbers["confidence"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("held_out", [[], [Example((1, 2, 3), (False, False, False))], HELD_OUT[:3]])
