@@ -389,7 +389,7 @@ def mixed(before: LoraWeights | None, now: LoraWeights, keep: float) -> LoraWeig
     )
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--data", type=Path, required=True, help="folder of histories, one file a corpus")
     arguments.add_argument("--model", type=Path, default=demo_model.path(), help="a model folder")
@@ -402,7 +402,11 @@ def main() -> None:
     arguments.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments.add_argument("--details", type=Path, help="write everyone's numbers into this file")
     arguments.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
-    options = arguments.parse_args()
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = _options()
     started = time.perf_counter()
 
     def said(text: str) -> None:

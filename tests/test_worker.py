@@ -26,6 +26,7 @@ from personalization.jobs import (
     job_key,
     queue_stats,
     request_refresh,
+    tell,
 )
 from personalization.prompt import Renderer
 from personalization.publish import Shelf
@@ -118,6 +119,11 @@ async def test_asking_twice_joins_the_first_request(queue: RefreshQueue, store: 
     assert (await queue_stats(queue)).queued == 1
     progress = await store.progress("ann")
     assert progress == {"job_id": first.job_id, "asked_by": "asked", "state": "queued", "progress": 0.0}
+    job = await queue.job(job_key(store, "ann"))
+    assert job is not None
+    await tell(store, job, {"state": "training", "progress": 0.5})
+    third = await request_refresh(queue, store, "ann", "asked")
+    assert (third.job_id, third.state) == (first.job_id, "training")
 
 
 async def test_people_who_ask_at_the_same_time_share_a_stack(
