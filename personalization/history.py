@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, cast, get_args
 
 Role = Literal["user", "assistant"]
@@ -25,6 +25,8 @@ Rating = Literal["up", "down"]
 MAX_LINE_BYTES = 1 << 20
 MAX_TEXT_CHARS = 65_536
 MAX_NAME_CHARS = 256  # of a user, a conversation, a turn id
+
+CLOCK_SKEW = timedelta(minutes=5)  # so far ahead may the clock be by which an imported turn was said
 
 # Dates outside are typing errors; they would sort before or after everything a person ever says.
 EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from personalization.history import Turn, dump, learned, parse
+from personalization.history import CLOCK_SKEW, Turn, dump, learned, parse
 from personalization.lineage import marks
 from personalization.store import Pointer, Store, UnknownTurn, VersionRecord
 from personalization.trial import shown, tally
@@ -24,7 +24,6 @@ from service.replies import Replies
 from service.session import Session
 
 MAX_IMPORT_BYTES = 64 << 20
-CLOCK_SKEW = timedelta(minutes=5)
 LOOPBACK = ("127.0.0.1", "::1", "local")
 
 

@@ -92,9 +92,7 @@ class Authenticator:
             raise NotAuthenticated("the token has expired", code="token_expired")
 
     def sign(self, user: str, seconds: float) -> str:
-        now = self._clock()
-        claims = {"sub": checked_user(user), "aud": AUDIENCE, "iat": int(now), "exp": int(now + seconds)}
-        return jwt.encode(claims, self._key, algorithm=ALGORITHM)
+        return signed(self._key, user, self._clock(), seconds)[0]
 
     def check_origin(self, origin: str | None) -> None:
         """Raises Forbidden when a browser says the request comes from a page that is not ours."""
@@ -130,6 +128,13 @@ class Authenticator:
             if name.startswith(TICKET_PREFIX):
                 return await self.redeem_ticket(name.removeprefix(TICKET_PREFIX), origin)
         raise NotAuthenticated("expected an Authorization header or a 'ticket.<value>' subprotocol")
+
+
+def signed(key: bytes, user: str, now: float, seconds: float) -> tuple[str, int]:
+    """A bearer token for `user`, and the second since the epoch at which it runs out."""
+    expires_at = int(now + seconds)
+    claims = {"sub": checked_user(user), "aud": AUDIENCE, "iat": int(now), "exp": expires_at}
+    return jwt.encode(claims, key, algorithm=ALGORITHM), expires_at
 
 
 def checked_user(user: Any) -> str:

@@ -8,17 +8,16 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
-from personalization.history import LineError, parse
+from personalization.history import CLOCK_SKEW, LineError, parse
 from personalization.store import Store
 from service.model_folder import resolve_model
 from service.settings import Settings
 
 Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
 LOOK_EVERY_S = 5.0
-CLOCK_SKEW = timedelta(minutes=5)
 
 
 class Refused(ValueError):
