@@ -152,7 +152,7 @@ async def cancel_jobs(queue: "RefreshQueue", store: Store, user: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """For metrics: jobs waiting, running, later; dead letters; `counts` of ends since the beginning."""
+    """Jobs waiting, running, later; dead letters; `counts` of ends since the beginning."""
 
     queued: int
     active: int

@@ -485,6 +485,18 @@ async def test_the_sweep_brings_back_a_job_whose_worker_never_said_a_word(queue:
     assert (await queue_stats(queue)).active == 0
 
 
+async def test_the_sweep_clears_away_what_stands_for_a_job_that_is_gone(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    await queue.client.delete(job.id)  # as when its time to live has passed
+    assert await queue.sweep(lock=1) == []
+    await asyncio.sleep(1.1)
+    assert await queue.sweep(lock=1) == [job.id]
+    assert (await queue_stats(queue)).active == 0
+
+
 async def begun(queue: RefreshQueue) -> Job:
     """The next job, in the hands of a worker."""
     job = await queue.dequeue(timeout=1)
