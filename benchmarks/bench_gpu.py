@@ -186,7 +186,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The rows of the GPU engine.")
     parser.add_argument("--rows", help="names with commas between; all of them if not given")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
@@ -200,6 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--files", type=Path, help="where files-cold finds or leaves its 15 GB of adapters")
     parser.add_argument("--only-write", action="store_true", help="write those files and end; needs no GPU")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
     options = parser.parse_args(arguments)
     options.device = options.device or ("cpu" if options.tiny else "cuda")
     names = [row.name for row in ROWS]
@@ -212,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--rows: expected some of {', '.join(names)}; got {', '.join(unknown)}")
         names = [name for name in names if name in chosen]
     if options.only_write:
+        if options.files is None:
+            parser.error("--only-write: expected --files, which says where to")
         shape, dtype, count = (
             (TINY, torch.float32, 12) if options.tiny else (LLAMA_3_1_8B, torch.bfloat16, 512)
         )
@@ -255,6 +262,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _print(result, records)
+
+
+def _print(result: Record, records: Sequence[Record]) -> None:
+    """The table, what is to be known about it, and the line of JSON."""
     holds = result.get("outputs_hold")
     print()
     print(table(records, outputs_hold=holds is not False))

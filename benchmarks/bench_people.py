@@ -30,7 +30,7 @@ from benchmarks.common import report
 from engine.adapter_files import LoraWeights, read_adapter, version_folder
 from engine.weights import LoadedModel, load_model
 from personalization.evaluate import interval
-from personalization.examples import split
+from personalization.examples import serving_rows, words
 from personalization.history import Turn, dump, learned, parse
 from personalization.prompt import Example, Renderer
 from personalization.refresh import RefreshPolicy, choose
@@ -42,7 +42,7 @@ from service.settings import Settings
 from tests.running_service import ROOT, RunningService, running_service
 
 HELD_OUT = 0.2
-WINDOW_TOKENS, CONTEXT_TOKENS = 1024, 768
+WINDOW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,19 @@ class Held:
 
 
 def cut(user: str, turns: list[Turn], renderer: Renderer) -> Held:
-    """The newest fifth of the learned turns, and what follows its first one, is held out."""
+    """The newest fifth of the learned turns, and what follows its first one, is held out; judged are those
+    that do not repeat an older one's words."""
     lessons = [place for place, turn in enumerate(turns) if learned(turn)]
     first = lessons[len(lessons) - max(1, round(len(lessons) * HELD_OUT))]
-    parts = split(
-        turns,
+    known = {words(turn) for turn in turns[:first] if learned(turn)}
+    rows = serving_rows(
+        turns[:first],
+        turns[first:],
         renderer,
-        window_tokens=WINDOW_TOKENS,
-        gate_context_tokens=CONTEXT_TOKENS,
-        gate_fraction=(len(lessons) - lessons.index(first)) / len(lessons),
+        most_tokens=WINDOW_TOKENS,
+        learn=lambda turn: learned(turn) and words(turn) not in known,
     )
-    return Held(user, turns[:first], parts.gate)
+    return Held(user, turns[:first], rows)
 
 
 def mean_losses(
@@ -113,8 +115,7 @@ def refresh_all(service: RunningService, people: list[Held]) -> tuple[list[dict[
         stdout=subprocess.PIPE,
         text=True,
     )
-    answer = json.loads(done.stdout)
-    outcomes = answer if isinstance(answer, list) else answer["refreshed"]
+    outcomes: list[dict[str, Any]] = json.loads(done.stdout)["refreshed"]
     return outcomes, import_s, time.perf_counter() - started
 
 
@@ -151,6 +152,24 @@ def stacked_against_solo(
         "solo_processor_s": round(min(processor["solo"]), 1),
         "stacked_tokens_per_s": round(tokens / together),
         "solo_tokens_per_s": round(tokens / alone),
+    }
+
+
+def gains(model: LoadedModel, served: Sequence[Held], adapters: Sequence[LoraWeights]) -> dict[str, Any]:
+    """What the published versions gain on the turns held out, over context alone."""
+    rows = [each.rows for each in served]
+    before, after = mean_losses(model, [None] * len(rows), rows), mean_losses(model, adapters, rows)
+    measured = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
+    changes = [b - a for b, a in measured]
+    shares = [(b - a) / b for b, a in measured]
+    return {
+        "people": len(changes),
+        "nothing_held_out": len(served) - len(measured),
+        "mean_gain_nats_per_token": round(statistics.fmean(changes), 4),
+        "interval_95": interval(changes),
+        "mean_gain_share": round(statistics.fmean(shares), 4),
+        "made_worse": sum(change < 0 for change in changes),
+        "made_worse_by_0.01": sum(change < -0.01 for change in changes),
     }
 
 
@@ -203,20 +222,7 @@ def main() -> None:
             read_adapter(version_folder(settings.adapter_root, *serving[each.user]), model.config)
             for each in served
         ]
-    rows = [each.rows for each in served]
-    before, after = mean_losses(model, [None] * len(rows), rows), mean_losses(model, adapters, rows)
-    measured = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
-    changes = [b - a for b, a in measured]
-    shares = [(b - a) / b for b, a in measured]
-    numbers["held_out"] = {
-        "people": len(changes),
-        "nothing_held_out": len(served) - len(measured),
-        "mean_gain_nats_per_token": round(statistics.fmean(changes), 4),
-        "interval_95": interval(changes),
-        "mean_gain_share": round(statistics.fmean(shares), 4),
-        "made_worse": sum(change < 0 for change in changes),
-        "made_worse_by_0.01": sum(change < -0.01 for change in changes),
-    }
+    numbers["held_out"] = gains(model, served, adapters)
     report("bench_people", numbers, keep=options.keep)
 
 

@@ -36,7 +36,7 @@ from benchmarks.common import report
 from engine.adapter_files import LoraWeights
 from engine.weights import LoadedModel, load_model, read_config
 from personalization.evaluate import interval
-from personalization.examples import cut_by_time, serving_rows, split, words
+from personalization.examples import cut_by_time, serving_rows, training_rows, words
 from personalization.gate import GatePolicy, settle, weigh
 from personalization.history import Turn, learned, parse
 from personalization.neutral import neutral_rows
@@ -153,17 +153,13 @@ def _subject(task: tuple[Path, str, str, list[Turn]]) -> Subject | None:
         recent = recent[1:]
     rows, ages = {}, {}
     for row_tokens in ROW_TOKENS:
-        made = [split(chunk, _renderer, window_tokens=row_tokens, gate_fraction=0.0, gate_context_tokens=0)
-                for chunk in _pieces(recent, row_tokens)]  # fmt: skip
-        rows[row_tokens] = [row for each in made for row in each.train]
-        ages[row_tokens] = [age[each.train_turns[-1]] for each in made for _ in each.train]
+        made = [(chunk, training_rows(chunk, _renderer, row_tokens)) for chunk in _pieces(recent, row_tokens)]
+        rows[row_tokens] = [row for _, some in made for row in some]
+        ages[row_tokens] = [
+            min(age[turn.id] for turn in chunk if learned(turn)) for chunk, some in made for _ in some
+        ]
     fifth = math.ceil(len(recent) / 5)
-    chunks = [
-        split(
-            recent[at : at + fifth], _renderer, window_tokens=512, gate_fraction=0.0, gate_context_tokens=0
-        ).train
-        for at in range(0, len(recent), fifth)
-    ]
+    chunks = [training_rows(recent[at : at + fifth], _renderer, 512) for at in range(0, len(recent), fifth)]
     known = {words(turn) for turn in before if learned(turn)}
 
     def fresh(turn: Turn) -> bool:
@@ -393,7 +389,7 @@ def mixed(before: LoraWeights | None, now: LoraWeights, keep: float) -> LoraWeig
     )
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--data", type=Path, required=True, help="folder of histories, one file a corpus")
     arguments.add_argument("--model", type=Path, default=demo_model.path(), help="a model folder")
@@ -406,7 +402,11 @@ def main() -> None:
     arguments.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments.add_argument("--details", type=Path, help="write everyone's numbers into this file")
     arguments.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
-    options = arguments.parse_args()
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = _options()
     started = time.perf_counter()
 
     def said(text: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.adapter_files import LoraWeights, read_adapter, write_adapter
 from engine.weights import LoadedModel
-from personalization.examples import cut_by_time, serving_rows, split, words
+from personalization.examples import cut_by_time, serving_rows, training_rows, words
 from personalization.finish import Accepted, finish
 from personalization.gate import Case, Gate, Verdict, scaled
 from personalization.history import Turn, learned
@@ -134,20 +134,7 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
     policy = replace(bench.policy, gate_fraction=GATE_SHARE)
     bench = replace(bench, policy=policy)
     bench.say("reading and cutting")
-    names = sorted(histories)
-    random.Random(extent.seed).shuffle(names)
-    subjects: list[Subject] = []
-    left_out = 0
-    for user in names:
-        if extent.people is not None and len(subjects) == extent.people:
-            break
-        subject = subject_of(user, histories[user], bench)
-        if subject is None:
-            left_out += 1
-        else:
-            subjects.append(subject)
-    if not subjects:
-        raise NothingToMeasure(len(names), policy.minimum_turns)
+    subjects, left_out = _subjects(histories, bench, extent)
 
     bench.say(f"training {len(subjects)} adapters")
     started = bench.clock(), bench.processor()
@@ -156,10 +143,9 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
         "seconds_per_user": round((bench.clock() - started[0]) / len(subjects), 3),
         "processor_seconds_per_user": round((bench.processor() - started[1]) / len(subjects), 3),
     }
-    bench.say("judging them")
+    bench.say("judging them, and learning the turns that judged")
     gate = Gate(bench.model, neutral_rows(bench.renderer))
-    cases = [Case(c, None, s.lesson.gate) for c, s in zip(candidates, subjects, strict=True)]
-    verdicts = gate.judge(cases, policy.gate)
+    gated = _gated(bench, gate, candidates, [None] * len(subjects), [s.lesson for s in subjects], extent)
     population = _populations(bench, subjects, extent)
 
     bench.say("scoring held-out turns")
@@ -176,21 +162,15 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
             "population adapter + context": _means(bench, population, [s.test for s in subjects]),
             "swapped adapter + context": _means(bench, swapped, [s.test for s in subjects]),
         }
+    losses[JUDGED] = _means(bench, gated.judged, [s.test for s in subjects])
+    losses[PUBLISHED] = _means(bench, gated.published, [s.test for s in subjects])
     context, together = losses["context"], losses["adapter + context"]
-    judged = [
-        scaled(candidate, verdict.strength) if verdict.accepted else None
-        for candidate, verdict in zip(candidates, verdicts, strict=True)
-    ]
-    losses[JUDGED] = _means(bench, judged, [s.test for s in subjects])
-    bench.say("learning the turns that judged")
-    published = _finished(bench, gate, judged, [s.lesson for s in subjects], extent)
-    gated = losses[PUBLISHED] = _means(bench, published, [s.test for s in subjects])
     numbers: dict[str, Any] = {
         "people": len(subjects),
         "left_out": left_out,
         "loss": {name: _against(context, values) for name, values in losses.items()},
-        "harm": _harm(subjects, verdicts, context, together, gated),
-        "drift": _drift(gate.drifts(candidates), gate.drifts([p for p in published if p]), policy),
+        "harm": _harm(subjects, gated.verdicts, context, together, losses[PUBLISHED]),
+        "drift": _drift(gate, candidates, gated, policy),
         "training": spent,
     }
     if extent.selection_turns and len(subjects) > 1:
@@ -206,7 +186,7 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
             bench, subjects, population, losses["population adapter + context"], context, gate, extent
         )
     if extent.refreshes:
-        numbers["in_a_row"] = _in_a_row(bench, subjects, context, gate, published, extent)
+        numbers["in_a_row"] = _in_a_row(bench, subjects, context, gate, gated.published, extent)
     if extent.stacks:
         numbers["stacked"] = _stacked(bench, subjects, extent)
     people = [
@@ -218,10 +198,32 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
             "strength": verdict.strength,
             "reason": verdict.reason,
         }
-        for subject, before, after, verdict in zip(subjects, context, together, verdicts, strict=True)
+        for subject, before, after, verdict in zip(subjects, context, together, gated.verdicts, strict=True)
     ]
-    asked = zip(subjects[:QUESTIONS], published, strict=False)
+    asked = zip(subjects[:QUESTIONS], gated.published, strict=False)
     return Evaluation(numbers, people, [_question(bench, *each) for each in asked])
+
+
+def _subjects(
+    histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Extent
+) -> tuple[list[Subject], int]:
+    """Those who are measured, drawn at random, and how many others were looked at. Raises
+    NothingToMeasure."""
+    names = sorted(histories)
+    random.Random(extent.seed).shuffle(names)
+    subjects: list[Subject] = []
+    left_out = 0
+    for user in names:
+        if extent.people is not None and len(subjects) == extent.people:
+            break
+        subject = subject_of(user, histories[user], bench)
+        if subject is None:
+            left_out += 1
+        else:
+            subjects.append(subject)
+    if not subjects:
+        raise NothingToMeasure(len(names), bench.policy.minimum_turns)
+    return subjects, left_out
 
 
 def subject_of(user: str, turns: Sequence[Turn], bench: Bench) -> Subject | None:
@@ -299,27 +301,47 @@ def _trained(bench: Bench, people: Sequence[Person], extent: Extent) -> list[Lor
         return read
 
 
-def _finished(
-    bench: Bench, gate: Gate, judged: Adapters, lessons: Sequence[Lesson], extent: Extent
-) -> list[LoraWeights | None]:
-    """Each that was accepted as it is published: with the turns learned that judged it, where that goes."""
-    found = list(judged)
-    asked = {
-        at: Accepted(weights, lesson.train, lesson.newest, at)
-        for at, (weights, lesson) in enumerate(zip(judged, lessons, strict=True))
-        if weights is not None and lesson.newest
-    }
+@dataclass(frozen=True, slots=True)
+class _Gated:
+    """What the gate says of each candidate; what passed, as it was judged and as it is published: with the
+    turns learned that judged it, where that goes."""
+
+    verdicts: list[Verdict]
+    judged: Adapters
+    published: Adapters
+
+
+def _gated(
+    bench: Bench,
+    gate: Gate,
+    candidates: Sequence[LoraWeights],
+    serving: Adapters,
+    lessons: Sequence[Lesson],
+    extent: Extent,
+) -> _Gated:
+    cases = [
+        Case(candidate, before, lesson.gate)
+        for candidate, before, lesson in zip(candidates, serving, lessons, strict=True)
+    ]
+    verdicts = gate.judge(cases, bench.policy.gate)
+    judged = [
+        scaled(candidate, verdict.strength) if verdict.accepted else None
+        for candidate, verdict in zip(candidates, verdicts, strict=True)
+    ]
+    accepted = [
+        None if weights is None else Accepted(weights, lesson.train, lesson.newest, seed)
+        for seed, (weights, lesson) in enumerate(zip(judged, lessons, strict=True))
+    ]
     done = finish(
         bench.model,
         gate,
-        list(asked.values()),
+        accepted,
         bench.policy.finish,
         bench.policy.gate,
         people_at_once=extent.people_at_once,
     )
-    for at, weights in zip(asked, done, strict=True):
-        found[at] = weights or found[at]
-    return found
+    published = [after or before for before, after in zip(judged, done, strict=True)]
+    return _Gated(verdicts, judged, published)
 
 
 def _means(bench: Bench, adapters: Adapters, rows: Sequence[Sequence[Example]]) -> list[float]:
@@ -385,7 +407,11 @@ def _share(cases: Sequence[bool]) -> float:
     return round(sum(cases) / len(cases), 4)
 
 
-def _drift(drifts: Sequence[float], published: Sequence[float], policy: RefreshPolicy) -> dict[str, Any]:
+def _drift(
+    gate: Gate, candidates: Sequence[LoraWeights], gated: _Gated, policy: RefreshPolicy
+) -> dict[str, Any]:
+    drifts = gate.drifts(candidates)
+    published = gate.drifts([weights for weights in gated.published if weights])
     return {
         "mean": round(statistics.fmean(drifts), 4),
         "most": round(max(drifts), 4),
@@ -428,21 +454,15 @@ def _from_population(
     strangers = [_stranger(at, len(subjects)) for at in range(len(subjects))]
     test = [subject.test for subject in subjects]
     together = _means(bench, own, test)
-    cases = [Case(c, None, s.lesson.gate) for c, s in zip(own, subjects, strict=True)]
-    verdicts = gate.judge(cases, bench.policy.gate)
-    judged = [
-        scaled(candidate, verdict.strength) if verdict.accepted else None
-        for candidate, verdict in zip(own, verdicts, strict=True)
-    ]
-    published = _finished(bench, gate, judged, [s.lesson for s in subjects], extent)
-    gated = _means(bench, published, test)
+    gated = _gated(bench, gate, own, [None] * len(subjects), [s.lesson for s in subjects], extent)
+    after = _means(bench, gated.published, test)
     return {
         "own": _against(alone, together),
         "swapped": _against(alone, _means(bench, [own[at] for at in strangers], test)),
         "over context": _against(context, together),
-        "over context, after the gate": _against(context, gated),
-        "harm": _harm(subjects, verdicts, context, together, gated),
-        "drift": _drift(gate.drifts(own), gate.drifts([p for p in published if p]), bench.policy),
+        "over context, after the gate": _against(context, after),
+        "harm": _harm(subjects, gated.verdicts, context, together, after),
+        "drift": _drift(gate, own, gated, bench.policy),
     }
 
 
@@ -572,21 +592,13 @@ def _in_a_row(
                 if lesson.train and lesson.gate:
                     lessons[at] = lesson
         people = [_person(lesson, 31 * at + number, serving[at]) for at, lesson in lessons.items()]
-        new = _trained(bench, people, extent)
-        cases = [Case(c, serving[at], lessons[at].gate) for c, at in zip(new, lessons, strict=True)]
-        verdicts = dict(zip(lessons, gate.judge(cases, bench.policy.gate), strict=True))
-        judged = {
-            at: scaled(candidate, verdicts[at].strength)
-            for at, candidate in zip(lessons, new, strict=True)
-            if verdicts[at].accepted
-        }
-        of_these = [lessons[at] for at in judged]
-        finished = dict(
-            zip(judged, _finished(bench, gate, list(judged.values()), of_these, extent), strict=True)
-        )
-        accepted += len(judged)
-        for at, verdict in verdicts.items():
-            learned_last = at in judged and finished[at] is not judged[at]
+        new, before = _trained(bench, people, extent), [serving[at] for at in lessons]
+        gated = _gated(bench, gate, new, before, list(lessons.values()), extent)
+        accepted += sum(verdict.accepted for verdict in gated.verdicts)
+        for (at, lesson), verdict, judged, published in zip(
+            lessons.items(), gated.verdicts, gated.judged, gated.published, strict=True
+        ):
+            learned_last = () if published is judged else lesson.newest_turns
             records[at].append(
                 VersionRecord(
                     number,
@@ -594,23 +606,18 @@ def _in_a_row(
                     datetime(2026, 1, number, tzinfo=UTC),
                     verdict.accepted,
                     verdict.reason,
-                    turn_ids=(
-                        *lessons[at].trained_turns,
-                        *(lessons[at].newest_turns if learned_last else ()),
-                    ),
+                    turn_ids=(*lesson.trained_turns, *learned_last),
                 )
             )
-            if at in judged:
-                serving[at], version[at] = finished[at], number
+            if verdict.accepted:
+                serving[at], version[at] = published, number
     test = [subject.test for subject in subjects]
     oldest = [
-        split(
+        training_rows(
             subject.history[: max(1, len(subject.history) // extent.refreshes)],
             bench.renderer,
-            window_tokens=bench.policy.row_tokens,
-            gate_context_tokens=0,
-            gate_fraction=0.0,
-        ).train
+            bench.policy.row_tokens,
+        )
         for subject in subjects
     ]
     known = [at for at, rows in enumerate(oldest) if rows]

@@ -1,6 +1,6 @@
 """A person's turns → rows to train on and rows to judge by. Pure: the same turns give the same rows.
 
-The split is by time: the newest part of what can be learned is the gate's and is never trained on. A row is a
+The cut is by time: the newest part of what can be learned is the gate's and is never trained on. A row is a
 window of whole turns in the order they were said, rendered as serving would; the windows are in order too,
 the newest last. Turns of others stay in a row as context, unlearned.
 """
@@ -14,40 +14,29 @@ from personalization.history import Turn, effective, learned
 from personalization.prompt import Example, Renderer
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """`train` and `gate` are rows, oldest first; the ids name the turns that are learned in them."""
-
-    train: list[Example]
-    gate: list[Example]
-    train_turns: tuple[str, ...]
-    gate_turns: tuple[str, ...]
-
-
-def split(
-    turns: Sequence[Turn],
-    renderer: Renderer,
-    *,
-    window_tokens: int = 512,
-    train_context_tokens: int = 0,
-    gate_context_tokens: int = 256,
-    gate_fraction: float = 0.1,
-) -> Split:
-    """Rows of at most `window_tokens` tokens. Each begins with up to so many tokens of the turns before it as
-    context. The gate has the newest `gate_fraction` of the learned turns (one at least, if there are two),
-    without those that repeat the words of a trained turn: they would measure memory. A turn longer than a
-    window is a row of its own, cut at its end."""
-    for name, tokens in (("train", train_context_tokens), ("gate", gate_context_tokens)):
-        if not 0 <= tokens < window_tokens:
-            raise ValueError(f"{name}_context_tokens: expected 0 to below {window_tokens}, got {tokens}")
-    held = hold_out(turns, gate_fraction)
-    said, cut, whole = held.said, held.cut, len(held.said)
-    return Split(
-        _rows(said, 0, cut, renderer, set(held.train), window_tokens, train_context_tokens),
-        _rows(said, cut, whole, renderer, set(held.gate), window_tokens, gate_context_tokens),
-        held.train,
-        held.gate,
-    )
+def training_rows(turns: Sequence[Turn], renderer: Renderer, window_tokens: int) -> list[Example]:
+    """Windows of whole turns, at most `window_tokens` tokens each, oldest first. A window ends with its last
+    turn to learn, and one without any is no row. A turn longer than a window is a row of its own, cut at its
+    end."""
+    said = effective(sorted(turns, key=lambda turn: turn.at))
+    costs = [renderer.cost(turn) for turn in said]
+    room = window_tokens - renderer.frame_cost
+    rows: list[Example] = []
+    first = 0
+    while first < len(said):
+        used = costs[first]
+        past = first + 1
+        while past < len(said) and used + costs[past] <= room:
+            used += costs[past]
+            past += 1
+        lessons = [place for place in range(first, past) if learned(said[place])]
+        if lessons:
+            example = renderer.example(said[first : lessons[-1] + 1])
+            row = Example(example.token_ids[:window_tokens], example.learn_mask[:window_tokens])
+            if any(row.learn_mask):
+                rows.append(row)
+        first = past
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +81,15 @@ class Parts:
     test: list[Turn]
 
 
-def cut_by_time(turns: Sequence[Turn], shares: tuple[float, float, float] = (0.7, 0.1, 0.2)) -> Parts:
-    """Cut so that the learned turns are shared out as `shares`, oldest first; rounded, but a part with a
-    share has at least one learned turn as long as there are three. Pure."""
+def cut_by_time(turns: Sequence[Turn]) -> Parts:
+    """Cut so that of the learned turns the oldest 70 % are history, 10 % the gate's and the newest 20 % for
+    the test; rounded, but each part has at least one as long as there are three. Pure."""
     said = sorted(turns, key=lambda turn: turn.at)
     lessons = [place for place, turn in enumerate(said) if learned(turn)]
     if len(lessons) < 3:
         return Parts(said, [], [])
-    test = max(1, round(len(lessons) * shares[2]))
-    gate = max(1, round(len(lessons) * shares[1]))
+    test = max(1, round(len(lessons) * 0.2))
+    gate = max(1, round(len(lessons) * 0.1))
     first_test = lessons[-test]
     first_gate = lessons[max(1, len(lessons) - test - gate)]
     return Parts(said[:first_gate], said[first_gate:first_test], said[first_test:])
@@ -132,42 +121,6 @@ def serving_rows(
         row = Example(example.token_ids[:context], example.learn_mask[:context])
         if any(row.learn_mask[1:]):
             rows.append(row)
-    return rows
-
-
-def _rows(
-    said: Sequence[Turn],
-    first: int,
-    past: int,
-    renderer: Renderer,
-    lessons: set[str],
-    window_tokens: int,
-    context_tokens: int,
-) -> list[Example]:
-    """The turns from `first` to before `past`, cut into windows; a window ends with its last turn to learn,
-    and one without any is no row."""
-    costs = [renderer.cost(turn) for turn in said[:past]]
-    room = window_tokens - renderer.frame_cost
-    rows = []
-    while first < past:
-        context = first
-        spare = min(context_tokens, room - costs[first])
-        while context > 0 and costs[context - 1] <= spare:
-            context -= 1
-            spare -= costs[context]
-        used = sum(costs[context : first + 1])
-        end = first + 1
-        while end < past and used + costs[end] <= room:
-            used += costs[end]
-            end += 1
-        here = [place for place in range(first, end) if said[place].id in lessons]
-        if here:
-            example = renderer.example(
-                said[context : here[-1] + 1], _among({said[place].id for place in here})
-            )
-            if any(example.learn_mask[:window_tokens]):
-                rows.append(Example(example.token_ids[:window_tokens], example.learn_mask[:window_tokens]))
-        first = end
     return rows
 
 

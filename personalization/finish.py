@@ -30,20 +30,21 @@ class Accepted:
 def finish(
     model: LoadedModel,
     gate: Gate,
-    accepted: Sequence[Accepted],
+    accepted: Sequence[Accepted | None],
     recipe: Recipe,
     policy: GatePolicy,
     *,
     people_at_once: int = PEOPLE_AT_ONCE,
 ) -> list[LoraWeights | None]:
-    """Each candidate with its newest turns learned; None where that cannot be published."""
-    people = [Person(_rows(each), each.seed, each.weights) for each in accepted]
+    """Each candidate with its newest turns learned; None where there is none, or that cannot be published."""
+    people = [Person(_rows(each), each.seed, each.weights) for each in accepted if each is not None]
     trained = train(model, people, recipe, people_at_once=people_at_once)
     faults = gate.faults([each.weights for each in trained], policy)
-    return [
+    done = (
         each.weights if fault is None and each.error is None and each.steps else None
         for each, fault in zip(trained, faults, strict=True)
-    ]
+    )
+    return [None if each is None else next(done) for each in accepted]
 
 
 def _rows(accepted: Accepted) -> list[Example]:

@@ -15,8 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import takewhile
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, cast, get_args
 
 Role = Literal["user", "assistant"]
@@ -26,6 +25,8 @@ Rating = Literal["up", "down"]
 MAX_LINE_BYTES = 1 << 20
 MAX_TEXT_CHARS = 65_536
 MAX_NAME_CHARS = 256  # of a user, a conversation, a turn id
+
+CLOCK_SKEW = timedelta(minutes=5)  # so far ahead may the clock be by which an imported turn was said
 
 # Dates outside are typing errors; they would sort before or after everything a person ever says.
 EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
@@ -106,42 +107,6 @@ def effective(turns: Sequence[Turn]) -> list[Turn]:
             seen.add(turn.id)
         said.append(turn)
     return said
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """A person would rather have read `chosen` than `rejected`, a model's turn, after the turns `before`."""
-
-    before: tuple[Turn, ...]
-    rejected: Turn
-    chosen: Turn
-
-
-def preferences(turns: Sequence[Turn]) -> list[Preference]:
-    """What a person's corrections and votes say about pairs of replies, in the order of the conversation.
-
-    A correction that may be learned is chosen over the model's turn that it corrects, the newest one only. Of
-    several replies of the model to the same words, each one rated up is chosen over each one rated down."""
-    said = effective(turns)
-    by_id = {turn.id: turn for turn in turns}
-    pairs: list[Preference] = []
-    first = 0  # of the replies in a row that the place is among
-    for place, turn in enumerate(said):
-        if place == 0 or said[place - 1].role == "user":
-            first = place
-        others = [by_id[turn.corrects]] if turn.corrects in by_id else []
-        if turn.rating == "up":
-            others += [other for other in _replies_in_a_row(said, first) if other.rating == "down"]
-        pairs += [
-            Preference(tuple(said[:first]), other, turn)
-            for other in others
-            if learned(turn) and other.author == "model" and other.text.split() != turn.text.split()
-        ]
-    return pairs
-
-
-def _replies_in_a_row(said: Sequence[Turn], first: int) -> Iterator[Turn]:
-    return takewhile(lambda turn: turn.role == "assistant", said[first:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,8 @@ async def request_refresh(
     if somebody asks for what nobody had asked for. One for now takes the place of one for later that has not
     begun.
 
-    `reason`: asked | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0 for now.
+    `reason`: asked | all | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0
+    for now.
     """
     jobs = jobs or JobPolicy()
     key, job_id = job_key(store, user), uuid.uuid4().hex
@@ -151,7 +152,7 @@ async def cancel_jobs(queue: "RefreshQueue", store: Store, user: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """For metrics: jobs waiting, running, later; dead letters; `counts` of ends since the beginning."""
+    """Jobs waiting, running, later; dead letters; `counts` of ends since the beginning."""
 
     queued: int
     active: int

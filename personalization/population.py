@@ -8,16 +8,16 @@ Numbers go up from 1; the newest is used. It answers nobody itself.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from engine.model import ModelConfig
-from personalization.examples import split
+from personalization.examples import hold_out, serving_rows, training_rows
 from personalization.gate import GatePolicy
-from personalization.history import parse
+from personalization.history import Turn, parse
 from personalization.prompt import Example, Renderer
 from personalization.publish import place
 from personalization.train import Recipe
@@ -86,17 +86,10 @@ async def make(
     gate: list[Example] = []
     learned = 0
     for turns in parsed.turns.values():
-        parts = await asyncio.to_thread(
-            split,
-            turns,
-            workshop.renderer,
-            window_tokens=workshop.row_tokens,
-            gate_context_tokens=workshop.row_tokens // 2,
-            gate_fraction=HELD_OUT,
-        )
-        train += parts.train
-        gate += parts.gate
-        learned += len(parts.train_turns)
+        rows, judged_by, count = await asyncio.to_thread(_rows, turns, workshop)
+        train += rows
+        gate += judged_by
+        learned += count
     if not train:
         raise NothingToLearn(sum(map(len, parsed.turns.values())), len(parsed.errors))
     digest = hashlib.sha256(b"\n".join(text))
@@ -129,3 +122,18 @@ async def make(
     }
     await asyncio.to_thread(place, workshop.root / str(number), judged.weights, meta, workshop.config)
     return replace(made, number=number)
+
+
+def _rows(turns: Sequence[Turn], workshop: Workshop) -> tuple[list[Example], list[Example], int]:
+    """One history's rows to train on and to judge by, and how many turns are learned in the first."""
+    held = hold_out(turns, HELD_OUT)
+    older, newer = held.said[: held.cut], held.said[held.cut :]
+    judged = set(held.gate)
+    gate = serving_rows(
+        older,
+        newer,
+        workshop.renderer,
+        most_tokens=workshop.row_tokens,
+        learn=lambda turn: turn.id in judged,
+    )
+    return training_rows(older, workshop.renderer, workshop.row_tokens), gate, len(held.train)

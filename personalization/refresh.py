@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from engine.adapter_files import check_base, read_adapter, version_folder
 from personalization import lineage
-from personalization.examples import hold_out, serving_rows, split
+from personalization.examples import hold_out, serving_rows, training_rows
 from personalization.gate import GatePolicy
 from personalization.history import Turn, learned
 from personalization.population import newest
@@ -368,9 +368,9 @@ def choose(
     )
     trained = held.train[-policy.most_turns :]
     old, new = _by_age(turns, set(trained), seen)
-    train = _rows(new, renderer, policy)
+    train = training_rows(new, renderer, policy.row_tokens)
     room = policy.replay * sum(len(row.token_ids) for row in train)
-    replayed = _rows(old, renderer, policy) if room else []
+    replayed = training_rows(old, renderer, policy.row_tokens) if room else []
     random.Random(start).shuffle(replayed)
     for row in replayed:
         if room <= 0:
@@ -380,7 +380,8 @@ def choose(
     latest = [turn for turn in held.said[held.cut :] if not turn.removed]
     newest_turns = tuple(turn.id for turn in latest if learned(turn))
     all_turns = (*held.train, *newest_turns)
-    return Lesson(train, gate, _rows(latest, renderer, policy), trained, newest_turns, all_turns)
+    newest_rows = training_rows(latest, renderer, policy.row_tokens)
+    return Lesson(train, gate, newest_rows, trained, newest_turns, all_turns)
 
 
 def _known(
@@ -412,12 +413,6 @@ def _by_age(
         if place is not None:
             place.append(turn)
     return old, new
-
-
-def _rows(turns: Sequence[Turn], renderer: Renderer, policy: RefreshPolicy) -> list[Example]:
-    return split(
-        turns, renderer, window_tokens=policy.row_tokens, gate_context_tokens=0, gate_fraction=0.0
-    ).train
 
 
 def _seed(adapter_id: str, pointer: Pointer) -> int:

@@ -192,9 +192,10 @@ class Store:
         if not await self._transit(lua.RATE, user, turn_id, _or_empty(rating)):
             raise UnknownTurn(turn_id)
 
-    async def correct(self, user: str, turn_id: str, text: str, *, epoch: int | None = None) -> Turn:
+    async def correct(self, user: str, turn_id: str, text: str) -> Turn:
         """Append a person's version of an assistant's turn, right after it. It is learned; the corrected
-        turn, and any earlier correction of it, no longer are. Raises UnknownTurn."""
+        turn, and any earlier correction of it, no longer are. Raises UnknownTurn, HistoryForgotten."""
+        epoch = (await self.pointer(user)).epoch
         corrected = await self.turn(user, turn_id)
         if corrected.role != "assistant":
             raise InvalidTurn("role", "an assistant's turn to correct", corrected.role)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -307,6 +307,44 @@ def _end_with(lender: Borrowed) -> None:
     os._exit(1)
 
 
+def _run_batch(
+    base: _Base, gate: Gate, request: dict[str, Any], send: Callable[[dict[str, Any]], None]
+) -> None:
+    model = base.model
+    recipe, policy = Recipe(**_tuples(request["recipe"])), GatePolicy(**_tuples(request["policy"]))
+    finishing = None if request["finish"] is None else Recipe(**_tuples(request["finish"]))
+    at_once = request["people_at_once"]
+    if base.lender is not None and base.lender.is_busy:
+        at_once = people_at_once(model.config, recipe, at_once)
+    learners = _learners(model, map(_unpack_task, request["tasks"]), send)
+    people = [learner.person() for learner in learners]
+    for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=_progress(send)):
+        mine, trained = [learners[index] for index in stack], list(stack.values())
+        send({"kind": "judging", "ids": [learner.task.id for learner in mine]})
+        verdicts = _verdicts(gate, policy, mine, trained)
+        candidates = [
+            scaled(each.weights, verdict.strength) for each, verdict in zip(trained, verdicts, strict=True)
+        ]
+        finished: Sequence[LoraWeights | None] = [None] * len(mine)
+        if finishing is not None:
+            accepted = [
+                learner.accepted(candidate) if verdict.accepted else None
+                for learner, candidate, verdict in zip(mine, candidates, verdicts, strict=True)
+            ]
+            finished = finish(model, gate, accepted, finishing, policy, people_at_once=at_once)
+        for place, learner in enumerate(mine):
+            judged = Judged(
+                learner.task.id,
+                finished[place] or candidates[place],
+                verdicts[place],
+                _numbers(trained[place], verdicts[place]),
+                model.base_hash,
+                began=learner.start is not None,
+                finished=finished[place] is not None,
+            )
+            send(_pack_judged(judged))
+
+
 @dataclass(frozen=True, slots=True)
 class _Learner:
     """A task, and the adapters of its folders: those that training can go on from."""
@@ -318,51 +356,23 @@ class _Learner:
     def person(self) -> Person:
         return Person(self.task.train, self.task.seed, self.serving or self.start)
 
+    def accepted(self, candidate: LoraWeights) -> Accepted:
+        return Accepted(candidate, self.task.train, self.task.newest, self.task.seed)
 
-def _run_batch(
-    base: _Base, gate: Gate, request: dict[str, Any], send: Callable[[dict[str, Any]], None]
-) -> None:
-    model = base.model
-    recipe, policy = Recipe(**_tuples(request["recipe"])), GatePolicy(**_tuples(request["policy"]))
-    finish_recipe = None if request["finish"] is None else Recipe(**_tuples(request["finish"]))
-    at_once = request["people_at_once"]
-    if base.lender is not None and base.lender.is_busy:
-        at_once = people_at_once(model.config, recipe, at_once)
+
+def _learners(
+    model: LoadedModel, tasks: Iterable[Task], send: Callable[[dict[str, Any]], None]
+) -> list[_Learner]:
+    """Whoever can be trained; of the others it is said that they are stranded."""
     learners: list[_Learner] = []
-    for task in map(_unpack_task, request["tasks"]):
+    for task in tasks:
         serving = _read_adapter(task.serving, model)
         if serving is None and task.serving is not None:
             send({"kind": "stranded", "id": task.id})
         else:
             start = _read_adapter(task.start, model) if serving is None else None
             learners.append(_Learner(task, serving, start))
-    people = [learner.person() for learner in learners]
-    for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=_progress(send)):
-        send({"kind": "judging", "ids": [learners[index].task.id for index in stack]})
-        verdicts = _verdicts(gate, policy, learners, stack)
-        candidates = {
-            index: scaled(stack[index].weights, verdict.strength) for index, verdict in verdicts.items()
-        }
-        finished: dict[int, LoraWeights] = {}
-        if finish_recipe is not None:
-            accepted = {
-                index: Accepted(candidates[index], task.train, task.newest, task.seed)
-                for index, verdict in verdicts.items()
-                if verdict.accepted and (task := learners[index].task).newest
-            }
-            finished = _finished(model, gate, accepted, finish_recipe, policy, at_once)
-        for index, trained in stack.items():
-            verdict = verdicts.get(index) or _without_gate(trained)
-            judged = Judged(
-                learners[index].task.id,
-                finished.get(index, candidates.get(index, trained.weights)),
-                verdict,
-                _numbers(trained, verdict),
-                model.base_hash,
-                began=learners[index].start is not None,
-                finished=index in finished,
-            )
-            send(_pack_judged(judged))
+    return learners
 
 
 def _progress(send: Callable[[dict[str, Any]], None]) -> Callable[[float], None]:
@@ -379,15 +389,15 @@ def _progress(send: Callable[[dict[str, Any]], None]) -> Callable[[float], None]
 
 
 def _verdicts(
-    gate: Gate, policy: GatePolicy, learners: Sequence[_Learner], stack: Mapping[int, Trained]
-) -> dict[int, Verdict]:
-    """The gate's verdict on each of the stack who has learned something, by the place among `learners`."""
-    learned = {index: each for index, each in stack.items() if each.error is None and each.steps}
+    gate: Gate, policy: GatePolicy, learners: Sequence[_Learner], trained: Sequence[Trained]
+) -> list[Verdict]:
+    """The gate's verdict on each who has learned something; on the others, why there was nothing to judge."""
+    learned = [place for place, each in enumerate(trained) if each.error is None and each.steps]
     cases = [
-        Case(each.weights, learners[index].serving, learners[index].task.gate)
-        for index, each in learned.items()
+        Case(trained[place].weights, learners[place].serving, learners[place].task.gate) for place in learned
     ]
-    return dict(zip(learned, gate.judge(cases, policy), strict=True))
+    found = dict(zip(learned, gate.judge(cases, policy), strict=True))
+    return [found.get(place) or _without_gate(each) for place, each in enumerate(trained)]
 
 
 def _without_gate(trained: Trained) -> Verdict:
@@ -395,19 +405,6 @@ def _without_gate(trained: Trained) -> Verdict:
     if trained.error is not None:
         return Verdict(False, f"refused: training broke off at {trained.error}")
     return Verdict(False, "nothing to learn from")
-
-
-def _finished(
-    model: LoadedModel,
-    gate: Gate,
-    accepted: Mapping[int, Accepted],
-    recipe: Recipe,
-    policy: GatePolicy,
-    at_once: int,
-) -> dict[int, LoraWeights]:
-    """Those of `accepted` who have learned their newest turns too, and may be published so."""
-    done = finish(model, gate, list(accepted.values()), recipe, policy, people_at_once=at_once)
-    return {index: weights for index, weights in zip(accepted, done, strict=True) if weights is not None}
 
 
 def _numbers(trained: Trained, verdict: Verdict) -> dict[str, float]:

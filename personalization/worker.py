@@ -264,8 +264,8 @@ def _given_up(job: Job) -> dict[str, Any]:
 
 
 async def run_nightly(context: dict[str, Any]) -> int:
-    """The nightly job: ask for everyone for whom it pays, in groups that fill a batch, spread over a while;
-    those who are expected to gain most come first. Trials that have lasted too long end."""
+    """The nightly job: ask for everyone for whom it pays, in groups that are spread over a while; those who
+    are expected to gain most come first. Trials that have lasted too long end."""
     settings: WorkerSettings = context["settings"]
     queue: RefreshQueue = context["queue"]
     store: Store = context["store"]
@@ -298,29 +298,7 @@ async def run_worker(settings: WorkerSettings) -> None:
     """Work until cancelled. Signals are the caller's."""
     redis, queue_redis = connect(settings.redis_url), _queue_client(settings.redis_url)
     store, queue = Store(redis, settings.secret), RefreshQueue(queue_redis)
-    config = await asyncio.to_thread(read_config, settings.model_folder)
-    renderer = await asyncio.to_thread(Renderer, settings.model_folder, config.max_position_embeddings)
-    shelf = Shelf(settings.data / "adapters", config, settings.free_bytes_floor)
-    trainer = Trainer(
-        TrainerSettings(
-            settings.model_folder,
-            settings.threads,
-            settings.device,
-            lent=settings.lent,
-            share=settings.training_share,
-            device_bytes=settings.training_bytes,
-        )
-    )
-    kit = Kit(
-        store,
-        shelf,
-        renderer,
-        trainer,
-        settings.policy,
-        settings.model_name,
-        lambda: datetime.now(UTC),
-        settings.data / "population",
-    )
+    kit = await _kit(settings, store)
     gatherer = Gatherer(
         kit,
         gather_s=settings.gather_s,
@@ -332,7 +310,7 @@ async def run_worker(settings: WorkerSettings) -> None:
         "gatherer": gatherer,
         "queue": queue,
         "store": store,
-        "shelf": shelf,
+        "shelf": kit.shelf,
         "settings": settings,
         "random": random.Random(),
     }
@@ -359,16 +337,38 @@ async def run_worker(settings: WorkerSettings) -> None:
     worker.SIGNALS = []
     gathering = asyncio.create_task(gatherer.run())
     try:
-        await tidy(shelf, store)
+        await tidy(kit.shelf, store)
         log.info("worker.ready", model=settings.model_name)
         await worker.start()
     finally:
         gathering.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await gathering
-        await trainer.stop()
+        await kit.trainer.stop()
         await store.close()
         await queue.disconnect()
+
+
+async def _kit(settings: WorkerSettings, store: Store) -> Kit:
+    config = await asyncio.to_thread(read_config, settings.model_folder)
+    trainer = TrainerSettings(
+        settings.model_folder,
+        settings.threads,
+        settings.device,
+        lent=settings.lent,
+        share=settings.training_share,
+        device_bytes=settings.training_bytes,
+    )
+    return Kit(
+        store,
+        Shelf(settings.data / "adapters", config, settings.free_bytes_floor),
+        await asyncio.to_thread(Renderer, settings.model_folder, config.max_position_embeddings),
+        Trainer(trainer),
+        settings.policy,
+        settings.model_name,
+        clock=lambda: datetime.now(UTC),
+        population=settings.data / "population",
+    )
 
 
 def _nightly(settings: WorkerSettings) -> list[CronJob[Any]]:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from personalization.history import Turn, dump, learned, parse
+from personalization.history import CLOCK_SKEW, Turn, dump, learned, parse
 from personalization.lineage import marks
 from personalization.store import Pointer, Store, UnknownTurn, VersionRecord
 from personalization.trial import shown, tally
@@ -24,7 +24,6 @@ from service.replies import Replies
 from service.session import Session
 
 MAX_IMPORT_BYTES = 64 << 20
-CLOCK_SKEW = timedelta(minutes=5)
 LOOPBACK = ("127.0.0.1", "::1", "local")
 
 
@@ -163,6 +162,7 @@ class AttuneApi:
     async def import_history(self, request: Request) -> Response:
         """Add the body's turns, JSON Lines, to the caller's history. Lines of other people are errors."""
         user = (await self._door.person(request)).user
+        epoch = (await self._store.pointer(user)).epoch
         body = await read_limited(request, MAX_IMPORT_BYTES)
         now = datetime.fromtimestamp(self._services.clock(), UTC)
         parsed = await asyncio.to_thread(parse, body.splitlines(), not_after=now + CLOCK_SKEW)
@@ -172,7 +172,7 @@ class AttuneApi:
         if foreign:
             told = f"{foreign} turns are of other users than {user!r} and were left out"
             errors.insert(0, {"line": 0, "message": told})
-        new = await self._store.append(user, turns)
+        new = await self._store.append(user, turns, epoch=epoch)
         return json_response({"imported": new, "known": len(turns) - new, "errors": errors})
 
     async def export(self, request: Request) -> Response:

@@ -39,12 +39,12 @@ class _Ticket(msgspec.Struct, frozen=True):
 
 
 def allowed_origins(host: str, port: int, extra: Iterable[str] = ()) -> frozenset[str]:
-    """The page's own addresses and `extra`. Never derived from a request's Host header: under DNS rebinding
-    that header is the attacker's name."""
+    """The page's own addresses, as browsers write them, and `extra`. Never derived from a request's Host
+    header: under DNS rebinding that header is the attacker's name."""
     hosts = {"localhost", "127.0.0.1", "[::1]"}
-    if host not in ("0.0.0.0", "::", "::1"):
-        hosts.add(host)
-    own = {f"http://{name}:{port}" for name in hosts}
+    if host not in ("0.0.0.0", "::"):
+        hosts.add(f"[{host}]" if ":" in host else host)
+    own = {f"http://{name}" if port == 80 else f"http://{name}:{port}" for name in hosts}
     return frozenset(own | {origin.rstrip("/") for origin in extra})
 
 
@@ -92,9 +92,7 @@ class Authenticator:
             raise NotAuthenticated("the token has expired", code="token_expired")
 
     def sign(self, user: str, seconds: float) -> str:
-        now = self._clock()
-        claims = {"sub": checked_user(user), "aud": AUDIENCE, "iat": int(now), "exp": int(now + seconds)}
-        return jwt.encode(claims, self._key, algorithm=ALGORITHM)
+        return signed(self._key, user, self._clock(), seconds)[0]
 
     def check_origin(self, origin: str | None) -> None:
         """Raises Forbidden when a browser says the request comes from a page that is not ours."""
@@ -130,6 +128,13 @@ class Authenticator:
             if name.startswith(TICKET_PREFIX):
                 return await self.redeem_ticket(name.removeprefix(TICKET_PREFIX), origin)
         raise NotAuthenticated("expected an Authorization header or a 'ticket.<value>' subprotocol")
+
+
+def signed(key: bytes, user: str, now: float, seconds: float) -> tuple[str, int]:
+    """A bearer token for `user`, and the second since the epoch at which it runs out."""
+    expires_at = int(now + seconds)
+    claims = {"sub": checked_user(user), "aud": AUDIENCE, "iat": int(now), "exp": expires_at}
+    return jwt.encode(claims, key, algorithm=ALGORITHM), expires_at
 
 
 def checked_user(user: Any) -> str:

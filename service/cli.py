@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import jwt
 import typer
 
 from engine.client import EngineClient, EngineError
@@ -25,7 +24,7 @@ from personalization.lineage import marks
 from personalization.store import Pointer, Store, StoreError, VersionRecord, connect
 from service import evaluation, logs, operations, processes
 from service.actions import Actions, NotPossible
-from service.auth import ALGORITHM, AUDIENCE, checked_user
+from service.auth import signed
 from service.chat import ChatRefused, chat
 from service.errors import ApiError
 from service.forget import Removed
@@ -270,9 +269,10 @@ def refresh(
         people = [user] if user is not None else [name async for name in store.users()]
         if not people:
             raise operations.Refused("nobody has a history yet: import one with `attune import FILE`")
+        reason = "asked" if user is not None else "all"  # those for whom nobody asks do not go first
         with progress("learning") as show:
             return await operations.refresh(
-                store, people, lambda who: actions.refresh(who, "asked"), wait=wait, on_progress=show
+                store, people, lambda who: actions.refresh(who, reason), wait=wait, on_progress=show
             )
 
     done = with_store(data, run)
@@ -492,12 +492,8 @@ def with_store(data: Path | None, run: Callable[[Store, Actions], Coroutine[Any,
 
 
 def sign(settings: Settings, user: str, hours: float) -> tuple[str, int]:
-    """A token for `user` and the second it runs out."""
-    now = int(time.time())
-    expires_at = now + int(hours * 3600)
-    claims = {"sub": checked_user(user), "aud": AUDIENCE, "iat": now, "exp": expires_at}
     key = token_key(read_or_create_secret(settings.secret_path))
-    return jwt.encode(claims, key, algorithm=ALGORITHM), expires_at
+    return signed(key, user, time.time(), hours * 3600)
 
 
 def answer(value: dict[str, Any], text: str, *, as_json: bool) -> None:

@@ -108,18 +108,27 @@ def served(model: "LoadedModel", questions: Sequence[Question]) -> dict[str, Any
 
 def table(numbers: dict[str, Any]) -> str:
     """Everything measured, as lines for a terminal."""
-    lines = [
-        f"{numbers['people']} people measured, {numbers['left_out']} with too little to measure",
-        "",
-        f"{'loss per held-out token':36} {'loss':>7}  {'95 % interval':17} {'gain over context':>17}",
-    ]
+    parts = (_people, _losses, _harm, _drift, _choices, _from_population, _engine, _growth, _stacked)
+    return "\n".join(line for part in parts for line in part(numbers))
+
+
+def _people(numbers: dict[str, Any]) -> list[str]:
+    return [f"{numbers['people']} people measured, {numbers['left_out']} with too little to measure", ""]
+
+
+def _losses(numbers: dict[str, Any]) -> list[str]:
+    lines = [f"{'loss per held-out token':36} {'loss':>7}  {'95 % interval':17} {'gain over context':>17}"]
     for name, row in numbers["loss"].items():
         share = f"{row['gain']:+.4f} ({100 * row['gain_share']:+.2f} %)"
         lines.append(
             f"{name:36} {row['loss']:7.4f}  {_range(row['interval']):17} {share:>17}  "
             f"{_range(row['gain_interval'])}"
         )
-    lines += ["", f"{'made worse':24} {'people':>7} {'any':>15} {'by > 0.01 nat':>15} {'worst decile':>17}"]
+    return [*lines, ""]
+
+
+def _harm(numbers: dict[str, Any]) -> list[str]:
+    lines = [f"{'made worse':24} {'people':>7} {'any':>15} {'by > 0.01 nat':>15} {'worst decile':>17}"]
     for name, rows in numbers["harm"].items():
         before, after = rows["before"], rows["after"]
         lines.append(
@@ -129,13 +138,21 @@ def table(numbers: dict[str, Any]) -> str:
             + f"   {rows['people']['accepted']} accepted, "
             + f"gain {100 * before['gain_share']:+.2f} ->{100 * after['gain_share']:+.2f} %"
         )
+    return [*lines, ""]
+
+
+def _drift(numbers: dict[str, Any]) -> list[str]:
     drift = numbers["drift"]
-    lines += [
-        "",
-        f"drift on neutral text: mean {drift['mean']:+.4f}, most published "
-        f"{'none' if drift['most_published'] is None else format(drift['most_published'], '+.4f')}, "
-        f"{drift['over_limit']:.1%} over the limit before the gate",
+    published = "none" if drift["most_published"] is None else format(drift["most_published"], "+.4f")
+    return [
+        f"drift on neutral text: mean {drift['mean']:+.4f}, most published {published}, "
+        f"{drift['over_limit']:.1%} over the limit before the gate"
     ]
+
+
+def _choices(numbers: dict[str, Any]) -> list[str]:
+    """The true message among ten, and the true author."""
+    lines = []
     chosen = numbers.get("selection", {})
     if "context" in chosen:
         lines.append(
@@ -151,49 +168,63 @@ def table(numbers: dict[str, Any]) -> str:
             f"author among {found['among']} adapters: {found['hits_at_1']:.1%} "
             f"({_range(found['interval'])}), by chance {found['chance']:.1%}"
         )
-    if "from_population" in numbers:
-        found = numbers["from_population"]
-        lines += [
-            f"{title}: gain {row['gain']:+.4f} ({100 * row['gain_share']:+.2f} %; "
-            f"{_range(row['gain_interval'])}) over {what}"
-            for title, row, what in (
-                (
-                    "one's own adapter begun from the population's",
-                    found["own"],
-                    "population adapter + context",
-                ),
-                ("a stranger's adapter begun from the same", found["swapped"], "the same"),
-                ("one's own begun from the population's", found["over context"], "context alone"),
-                ("  after the gate", found["over context, after the gate"], "the same"),
-            )
-        ]
-    if "engine" in numbers:
-        found = numbers["engine"]
-        lines.append(
-            f"an engine says the same first token to {found['same_first_token']:.1%} of {found['asked']} "
-            f"people, {found['with_adapter']} with an adapter, all in one batch"
-        )
-    lines += [
+    return lines
+
+
+def _from_population(numbers: dict[str, Any]) -> list[str]:
+    found = numbers.get("from_population")
+    if found is None:
+        return []
+    rows = (
+        ("one's own adapter begun from the population's", found["own"], "population adapter + context"),
+        ("a stranger's adapter begun from the same", found["swapped"], "the same"),
+        ("one's own begun from the population's", found["over context"], "context alone"),
+        ("  after the gate", found["over context, after the gate"], "the same"),
+    )
+    return [
+        f"{title}: gain {row['gain']:+.4f} ({100 * row['gain_share']:+.2f} %; "
+        f"{_range(row['gain_interval'])}) over {what}"
+        for title, row, what in rows
+    ]
+
+
+def _engine(numbers: dict[str, Any]) -> list[str]:
+    found = numbers.get("engine")
+    if found is None:
+        return []
+    return [
+        f"an engine says the same first token to {found['same_first_token']:.1%} of {found['asked']} "
+        f"people, {found['with_adapter']} with an adapter, all in one batch"
+    ]
+
+
+def _growth(numbers: dict[str, Any]) -> list[str]:
+    """By turns learned, and refresh after refresh."""
+    lines = [
         f"learned from {row['turns']:4} turns: gain {row['gain']:+.4f} ({_range(row['interval'])}), "
         f"{row['people']} people"
         for row in numbers.get("curve", [])
     ]
-    if "in_a_row" in numbers:
-        found = numbers["in_a_row"]
-        lines += [
-            f"{title}: gain {row['gain']:+.4f} ({_range(row['interval'])}), loss on the oldest turns "
-            + ("none" if row["loss_on_the_oldest"] is None else format(row["loss_on_the_oldest"], ".4f"))
-            for title, row in (
-                (f"{found['refreshes']} refreshes in a row", found["in a row"]),
-                ("one refresh from zero", found["from zero"]),
-            )
-        ]
-    lines += [
+    found = numbers.get("in_a_row")
+    if found is None:
+        return lines
+    rows = (
+        (f"{found['refreshes']} refreshes in a row", found["in a row"]),
+        ("one refresh from zero", found["from zero"]),
+    )
+    return lines + [
+        f"{title}: gain {row['gain']:+.4f} ({_range(row['interval'])}), loss on the oldest turns "
+        + ("none" if row["loss_on_the_oldest"] is None else format(row["loss_on_the_oldest"], ".4f"))
+        for title, row in rows
+    ]
+
+
+def _stacked(numbers: dict[str, Any]) -> list[str]:
+    return [
         f"{row['people']:4} people trained together: {row['seconds_per_user']:.3f} s each, "
         f"{row['users_per_hour']:,.0f} an hour, {row['times_faster_than_solo']:.1f} times as fast as alone"
         for row in numbers.get("stacked", {}).get("sizes", [])
     ]
-    return "\n".join(lines)
 
 
 def page(evaluation: Evaluation) -> str:

@@ -8,17 +8,16 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
-from personalization.history import LineError, parse
+from personalization.history import CLOCK_SKEW, LineError, parse
 from personalization.store import Store
 from service.model_folder import resolve_model
 from service.settings import Settings
 
 Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
 LOOK_EVERY_S = 5.0
-CLOCK_SKEW = timedelta(minutes=5)
 
 
 class Refused(ValueError):
@@ -42,12 +41,14 @@ class Imported:
 
 
 async def import_histories(store: Store, lines: Iterable[bytes], on_progress: Progress) -> Imported:
-    """Read the interchange format and append what is new. Appending twice changes nothing."""
+    """Read the interchange format and append what is new. Appending twice changes nothing. Raises
+    HistoryForgotten when a person is forgotten meanwhile."""
     on_progress(0.0, "reading")
     parsed = await asyncio.to_thread(parse, lines, not_after=datetime.now(UTC) + CLOCK_SKEW)
     total, done, new = sum(map(len, parsed.turns.values())), 0, 0
     for user, turns in parsed.turns.items():
-        new += await store.append(user, turns)
+        epoch = (await store.pointer(user)).epoch
+        new += await store.append(user, turns, epoch=epoch)
         done += len(turns)
         on_progress(done / total, f"{done} of {total} turns")
     return Imported(len(parsed.turns), total, new, parsed.errors)

@@ -6,7 +6,7 @@ A frame is JSON text, or msgpack bytes under the subprotocol `attune.v1.msgpack`
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import msgpack
 import msgspec
@@ -22,8 +22,8 @@ MAX_FRAME_BYTES = 1 << 20
 MAX_DEPTH = 32  # nested containers in one frame; ours need five
 
 # Close codes beyond RFC 6455's: the numbers of graphql-transport-ws.
-NORMAL, GOING_AWAY, WRONG_FRAME_KIND, TOO_BIG, TRY_AGAIN_LATER = 1000, 1001, 1003, 1009, 1013
-MALFORMED, NOT_AUTHENTICATED, FORBIDDEN, TOO_MANY = 4400, 4401, 4403, 4429
+GOING_AWAY, WRONG_FRAME_KIND, TOO_BIG, TRY_AGAIN_LATER = 1001, 1003, 1009, 1013
+MALFORMED, NOT_AUTHENTICATED, TOO_MANY = 4400, 4401, 4429
 
 T = TypeVar("T")
 _MODEL = re.compile(r"me(?:@v?(\d{1,9}))?", re.ASCII)
@@ -180,17 +180,7 @@ ClientEvent = (
     | Ping
 )
 _CLIENT_EVENTS: dict[str, type[ClientEvent]] = {
-    str(kind.__struct_config__.tag): kind
-    for kind in (
-        ResponseCreate,
-        ResponseCancel,
-        ResponseResume,
-        ResponseAck,
-        FeedbackCreate,
-        RefreshCreate,
-        Typing,
-        Ping,
-    )
+    str(kind.__struct_config__.tag): kind for kind in get_args(ClientEvent)
 }
 
 

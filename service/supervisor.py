@@ -300,7 +300,7 @@ def running_settings(settings: Settings) -> Settings | None:
         return None
     try:
         return Settings.read(json.loads(_running_file(settings).read_text()))
-    except FileNotFoundError:  # it has the lock and is about to write
+    except (FileNotFoundError, json.JSONDecodeError):  # it has the lock and is about to write, or writing
         return None
 
 

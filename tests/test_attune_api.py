@@ -11,7 +11,7 @@ import httpx2
 import openai
 import pytest
 
-from personalization.history import Turn
+from personalization.history import Turn, dump
 from personalization.store import Standing
 from personalization.when import When
 from service.errors import NotFound
@@ -90,6 +90,21 @@ async def test_an_export_imports_into_the_same_history(service: TinyService) -> 
         await service.store.forget("ann")
         assert (await client.post("/attune/import", content=exported.content)).json()["imported"] == 2
         assert (await client.get("/attune/export")).content == exported.content
+
+
+async def test_an_import_of_who_is_forgotten_meanwhile_leaves_nothing(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personalization.store.APPEND_BATCH", 1)
+    body = "\n".join(dump("ann", [turn(number) for number in range(500)]))
+    async with service.gateway() as gateway, web(gateway) as client, asyncio.timeout(20):
+        importing = asyncio.create_task(client.post("/attune/import", content=body))
+        while not await service.store.recent("ann", 1):  # noqa: ASYNC110  (of Redis: nothing to wait on)
+            await asyncio.sleep(0)
+        await service.store.forget("ann")
+        answer = await importing
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
+        assert await service.store.turns("ann") == []
 
 
 async def test_an_import_reports_bad_lines_and_leaves_other_peoples_out(service: TinyService) -> None:

@@ -135,7 +135,19 @@ async def test_only_our_own_pages_may_ask(auth: Authenticator) -> None:
 def test_more_origins_can_be_named() -> None:
     origins = allowed_origins("0.0.0.0", 80, ["https://chat.example/"])
     assert "https://chat.example" in origins
-    assert "http://0.0.0.0:80" not in origins
+    assert not any("0.0.0.0" in origin for origin in origins)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "origin"),
+    [
+        ("chat.example", 8080, "http://chat.example:8080"),
+        ("127.0.0.1", 80, "http://127.0.0.1"),  # a browser leaves http's own port out
+        ("fd00::7", 8080, "http://[fd00::7]:8080"),
+    ],
+)
+def test_the_pages_own_origin_is_written_as_a_browser_does(host: str, port: int, origin: str) -> None:
+    assert origin in allowed_origins(host, port)
 
 
 def test_the_clock_is_ours_not_the_librarys(store: Store) -> None:

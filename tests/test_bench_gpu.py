@@ -190,6 +190,9 @@ def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_gpu.main(["--tiny", "--rows", "decode33"])
     assert "decode33" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--only-write"])
+    assert "expected --files" in capsys.readouterr().err
     bench_gpu.main(["--list"])
     assert len(capsys.readouterr().out.splitlines()) == len(ROWS)
 

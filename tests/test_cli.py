@@ -8,9 +8,12 @@ from pathlib import Path
 import jwt
 import pytest
 import torch
+from redis.asyncio import Redis
 from typer.main import get_command
 
 from personalization.history import dump
+from personalization.jobs import job_key, open_queue
+from personalization.store import Store
 from service.auth import ALGORITHM, AUDIENCE
 from service.cli import app
 from service.settings import read_or_create_secret, token_key
@@ -102,6 +105,20 @@ def test_a_population_adapter_is_made_of_a_file_without_a_running_service(tmp_pa
     assert ("drift" in made["reason"]) is (made["number"] == 0)
     file.write_text("nothing")
     assert "expected turns that a person wrote" in attune(*arguments, code=2)
+
+
+async def test_who_asks_for_a_person_asks_and_who_asks_for_all_does_not(
+    tmp_path: Path, redis: Redis, redis_url: str
+) -> None:
+    store = Store(redis, read_or_create_secret(tmp_path / "secret"))
+    queue = open_queue(redis)
+    for user in ("ada", "bob"):
+        await store.append(user, talk(user, 5))
+    arguments = ("--data", str(tmp_path))
+    attune("refresh", "ada", *arguments, ATTUNE_REDIS_URL=redis_url)
+    attune("refresh", "--all", *arguments, ATTUNE_REDIS_URL=redis_url)
+    jobs = [await queue.job(job_key(store, user)) for user in ("ada", "bob")]
+    assert [job and job.kwargs and job.kwargs["reason"] for job in jobs] == ["asked", "all"]
 
 
 def test_a_model_that_cannot_be_served_ends_the_service_with_the_reason(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personalization.examples import Split, cut_by_time, serving_rows, split
+from personalization.examples import cut_by_time, hold_out, serving_rows, training_rows
 from personalization.history import Turn, learned
 from personalization.prompt import Example, Renderer
 from tests.tiny_tokenizers import TEMPLATES, write_tokenizer
@@ -44,46 +44,59 @@ def words(turns: list[Turn]) -> str:
     return "".join(f"{turn.text}<|end|>" for turn in turns)
 
 
-def test_the_newest_learned_turns_are_the_gates_and_never_trained_on(renderer: Renderer) -> None:
+def test_the_newest_learned_turns_are_the_gates_and_never_trained_on() -> None:
     turns = talk(40)
-    parts = split(turns, renderer, gate_fraction=0.2)
-    lessons = [turn for turn in turns if learned(turn)]
-    assert parts.train_turns == tuple(turn.id for turn in lessons[:16])
-    assert parts.gate_turns == tuple(turn.id for turn in lessons[16:])
-    assert taught(renderer, parts.train) == words(lessons[:16])
-    assert taught(renderer, parts.gate) == words(lessons[16:])
-    assert not any(turn.text in text for turn in lessons[16:] for text in shown(renderer, parts.train))
+    held = hold_out(random.Random(3).sample(turns, len(turns)), 0.2)
+    lessons = [turn.id for turn in turns if learned(turn)]
+    assert (held.train, held.gate) == (tuple(lessons[:16]), tuple(lessons[16:]))
+    assert held.said == turns
+    assert turns[held.cut].id == lessons[16]
+    nothing = hold_out(turns, 0.0)
+    assert (nothing.train, nothing.gate, nothing.cut) == (tuple(lessons), (), 40)
+
+
+def test_what_is_known_is_held_out_from_nobody_and_of_the_rest_at_most_half() -> None:
+    turns = talk(40)
+    lessons = [turn.id for turn in turns if learned(turn)]
+    assert hold_out(turns, 0.2, lessons[:-6]).gate == tuple(lessons[-3:])
+    assert hold_out(turns, 0.2, lessons[:-12]).gate == tuple(lessons[-4:])
+    assert hold_out(turns, 0.2, lessons[-2:]).gate == tuple(lessons[-6:-2])  # known, though newer
+    assert hold_out(turns, 0.2, lessons).gate == ()
+
+
+def test_a_gate_turn_that_repeats_trained_words_is_not_judged() -> None:
+    held = hold_out([*talk(20), turn(20, text="  WORD 4   said"), turn(22, text="something new")], 0.15)
+    assert held.gate == ("t22",)
+    assert "t20" not in held.train
+
+
+def test_one_learned_turn_is_trained_on_and_two_are_shared() -> None:
+    assert hold_out([], 0.1).gate == ()
+    assert hold_out([turn(0)], 0.1).gate == ()
+    both = hold_out([turn(0), turn(2)], 0.1)
+    assert (both.train, both.gate) == (("t0",), ("t2",))
+
+
+@pytest.mark.parametrize("wrong", [1.0, -0.1])
+def test_a_fraction_that_cannot_be_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match=f"gate_fraction: expected 0 to below 1, got {wrong}"):
+        hold_out(talk(4), wrong)
 
 
 @settings(max_examples=40)
-@given(
-    seed=st.integers(0, 10_000),
-    turns=st.integers(0, 60),
-    window=st.integers(40, 200),
-    context=st.integers(0, 39),
-    fraction=st.sampled_from([0.0, 0.1, 0.5]),
-)
-def test_every_learned_turn_is_taught_or_judged_once_and_no_row_is_too_long(
-    seed: int, turns: int, window: int, context: int, fraction: float, renderer: Renderer
+@given(seed=st.integers(0, 10_000), turns=st.integers(0, 60), window=st.integers(40, 200))
+def test_every_learned_turn_is_taught_once_and_no_row_is_too_long(
+    seed: int, turns: int, window: int, renderer: Renderer
 ) -> None:
     rng = random.Random(seed)
     history = [
         turn(place, rng.choice(["user", "assistant"]), f"{place} " + "more words " * rng.randrange(3))
         for place in range(turns)
     ]
-    parts = split(
-        history,
-        renderer,
-        window_tokens=window,
-        train_context_tokens=context,
-        gate_context_tokens=context,
-        gate_fraction=fraction,
-    )
-    lessons = [turn for turn in history if learned(turn)]
-    assert list(parts.train_turns + parts.gate_turns) == [turn.id for turn in lessons]
-    cleaned = [renderer._clean(turn.text) for turn in lessons]
-    assert taught(renderer, parts.train + parts.gate) == "".join(f"{text}<|end|>" for text in cleaned)
-    for row in parts.train + parts.gate:
+    rows = training_rows(history, renderer, window)
+    cleaned = [renderer._clean(turn.text) for turn in history if learned(turn)]
+    assert taught(renderer, rows) == "".join(f"{text}<|end|>" for text in cleaned)
+    for row in rows:
         assert len(row.token_ids) == len(row.learn_mask) <= window
         assert any(row.learn_mask)
 
@@ -91,106 +104,50 @@ def test_every_learned_turn_is_taught_or_judged_once_and_no_row_is_too_long(
 def test_the_same_turns_in_any_order_give_the_same_rows(renderer: Renderer) -> None:
     turns = talk(50)
     shuffled = random.Random(3).sample(turns, len(turns))
-    assert split(shuffled, renderer, window_tokens=64, gate_context_tokens=16) == split(
-        turns, renderer, window_tokens=64, gate_context_tokens=16
-    )
+    assert training_rows(shuffled, renderer, 64) == training_rows(turns, renderer, 64)
 
 
 def test_a_shorter_window_makes_more_and_shorter_rows_of_the_same_words(renderer: Renderer) -> None:
-    turns = talk(60)
-    long, short = (
-        split(turns, renderer, window_tokens=tokens, gate_context_tokens=0) for tokens in (400, 40)
-    )
-    assert len(short.train) > 3 * len(long.train)
-    assert max(len(row.token_ids) for row in short.train) <= 40
-    assert taught(renderer, short.train) == taught(renderer, long.train)
+    long, short = (training_rows(talk(60), renderer, tokens) for tokens in (400, 40))
+    assert len(short) > 3 * len(long)
+    assert max(len(row.token_ids) for row in short) <= 40
+    assert taught(renderer, short) == taught(renderer, long)
 
 
 def test_rows_are_filled_with_whole_turns_in_the_order_they_were_said(renderer: Renderer) -> None:
-    parts = split(talk(40), renderer, window_tokens=100, gate_context_tokens=0, gate_fraction=0.0)
-    texts = shown(renderer, parts.train)
+    rows = training_rows(talk(40), renderer, 100)
+    texts = shown(renderer, rows)
     assert all(text.startswith("<s><|") and text.endswith("<|end|>") for text in texts)
     told = "".join(texts)
     places = [told.index(f"word {place} said") for place in range(0, 40, 2)]
     assert places == sorted(places)
-    assert all(len(row.token_ids) > 60 for row in parts.train[:-1])
-
-
-def test_a_row_begins_with_earlier_turns_that_are_not_learned_again(renderer: Renderer) -> None:
-    turns = talk(40)
-    plain = split(turns, renderer, window_tokens=100, gate_context_tokens=0, gate_fraction=0.0)
-    with_context = split(
-        turns, renderer, window_tokens=100, train_context_tokens=40, gate_context_tokens=0, gate_fraction=0.0
-    )
-    assert len(with_context.train) > len(plain.train)
-    assert taught(renderer, with_context.train) == taught(renderer, plain.train)
-    for row in with_context.train[1:]:
-        assert not any(row.learn_mask[:10])
-
-
-def test_the_gate_is_judged_behind_the_context_that_serving_would_show(renderer: Renderer) -> None:
-    turns = talk(40)
-    (row,) = split(turns, renderer, gate_fraction=0.1, gate_context_tokens=200).gate
-    assert "word 35 said" in shown(renderer, [row])[0]
-    assert taught(renderer, [row]) == words([turns[36], turns[38]])
-
-
-def test_a_gate_turn_that_repeats_trained_words_is_not_judged(renderer: Renderer) -> None:
-    turns = [*talk(20), turn(20, text="  WORD 4   said"), turn(22, text="something new")]
-    parts = split(turns, renderer, gate_fraction=0.15)
-    assert parts.gate_turns == ("t22",)
-    assert "t20" not in parts.train_turns
-    assert taught(renderer, parts.gate) == "something new<|end|>"
+    assert all(len(row.token_ids) > 60 for row in rows[:-1])
 
 
 def test_a_turn_longer_than_the_window_is_cut_at_its_end(renderer: Renderer) -> None:
-    turns = [turn(0), turn(2, text="long " * 100), turn(4)]
-    parts = split(turns, renderer, window_tokens=50, gate_context_tokens=0, gate_fraction=0.0)
-    assert [len(row.token_ids) for row in parts.train][1] == 50
-    assert parts.train_turns == ("t0", "t2", "t4")
-    assert shown(renderer, parts.train)[2].endswith("word 4 said<|end|>")
+    rows = training_rows([turn(0), turn(2, text="long " * 100), turn(4)], renderer, 50)
+    assert [len(row.token_ids) for row in rows][1] == 50
+    assert len(rows) == 3
+    assert shown(renderer, rows)[2].endswith("word 4 said<|end|>")
 
 
 def test_a_corrected_reply_is_taught_as_corrected(renderer: Renderer) -> None:
     wrong = turn(1, "assistant", "wrong", removed=True)
     right = turn(9, "assistant", "right", author="person", corrects="t1")
-    parts = split([turn(0), wrong, turn(2), right], renderer, gate_fraction=0.0)
-    assert shown(renderer, parts.train) == [
+    rows = training_rows([turn(0), wrong, turn(2), right], renderer, 512)
+    assert shown(renderer, rows) == [
         "<s><|user|>word 0 said<|end|><|assistant|>right<|end|><|user|>word 2 said<|end|>"
     ]
 
 
 def test_what_comes_after_the_last_learned_turn_of_a_row_is_left_out(renderer: Renderer) -> None:
-    parts = split([turn(0), *(turn(place, "assistant") for place in range(1, 9))], renderer)
-    assert shown(renderer, parts.train) == ["<s><|user|>word 0 said<|end|>"]
+    rows = training_rows([turn(0), *(turn(place, "assistant") for place in range(1, 9))], renderer, 512)
+    assert shown(renderer, rows) == ["<s><|user|>word 0 said<|end|>"]
 
 
 def test_rows_with_nothing_to_learn_are_left_out(renderer: Renderer) -> None:
-    turns = [turn(place, "assistant") for place in range(20)]
-    assert split(turns, renderer) == Split([], [], (), ())
-    assert split([], renderer) == Split([], [], (), ())
-
-
-def test_one_learned_turn_is_trained_on_and_two_are_shared(renderer: Renderer) -> None:
-    assert split([turn(0)], renderer).gate_turns == ()
-    both = split([turn(0), turn(2)], renderer)
-    assert (both.train_turns, both.gate_turns) == (("t0",), ("t2",))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"gate_fraction": 1.0}, "gate_fraction: expected 0 to below 1, got 1.0"),
-        (
-            {"window_tokens": 64, "gate_context_tokens": 64},
-            "gate_context_tokens: expected 0 to below 64, got 64",
-        ),
-        ({"train_context_tokens": -1}, "train_context_tokens: expected 0 to below 512, got -1"),
-    ],
-)
-def test_a_split_that_cannot_be_is_refused(wrong: dict[str, float], message: str, renderer: Renderer) -> None:
-    with pytest.raises(ValueError, match=message):
-        split(talk(4), renderer, **wrong)
+    assert training_rows([turn(place, "assistant") for place in range(20)], renderer, 512) == []
+    assert training_rows([], renderer, 512) == []
 
 
 def test_time_cuts_a_history_into_seven_one_and_two_tenths_of_what_is_learned() -> None:

@@ -11,8 +11,9 @@ from engine.client import EngineLost
 from engine.request import Forgotten as EngineForgotten
 from personalization.history import Turn
 from personalization.publish import remove_versions
-from personalization.store import Store
+from personalization.store import Store, connect
 from service.forget import forget, rewrite_log
+from tests.redis_fixture import RedisServer
 
 
 class Caches:
@@ -80,6 +81,15 @@ async def test_a_person_nobody_knows_is_forgotten_without_fuss(
         remove_versions=lambda adapter_id: remove_versions(tmp_path, adapter_id),
     )
     assert (gone.turns, gone.folders) == (0, 0)
+
+
+async def test_the_file_is_rewritten_after_a_rewrite_that_began_before(redis_server: RedisServer) -> None:
+    client = connect(redis_server.url)
+    await client.bgrewriteaof()  # it may hold what was deleted since
+    rewritten, state = await rewrite_log(client), await client.info("persistence")
+    await client.aclose()
+    assert rewritten
+    assert not state["aof_rewrite_in_progress"]
 
 
 async def test_a_server_that_may_not_rewrite_its_file_is_told_as_such() -> None:

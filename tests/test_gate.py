@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.adapter_files import LoraWeights
-from personalization.gate import Case, Gate, GatePolicy, scaled, student_quantile
+from personalization.gate import Case, Gate, GatePolicy, scaled, student_quantile, weigh
 from personalization.prompt import Example
 from personalization.score import token_losses
 from personalization.train import Person, Recipe, train
@@ -77,6 +77,21 @@ def test_the_same_gain_on_few_turns_that_disagree_is_not_enough(model, own, stra
     assert judge(model, own, strangers, habits(1, 5), cautious).accepted
 
 
+def test_the_interval_is_that_of_a_ratio_over_turns():
+    sizes, better = [1, 2, 3, 2], [0.5, 0.2, 0.9, -0.1]
+    rows = [Example((0,) * (1 + size), (False,) + (True,) * size) for size in sizes]
+    before = [torch.full((size,), 2.0) for size in sizes]
+    after = [row - gained / size for row, gained, size in zip(before, better, sizes, strict=True)]
+    numbers = weigh(rows, before, after, policy()).numbers
+    gain = 1.5 / 8
+    spread = sum((d - gain * n) ** 2 for d, n in zip(better, sizes, strict=True))
+    reach = student_quantile(0.8, 3) * math.sqrt(4 / 3 * spread) / 8
+    assert numbers["gain"] == pytest.approx(gain)
+    assert numbers["gain_low"] == pytest.approx(gain - reach)
+    assert numbers["gain_high"] == pytest.approx(gain + reach)
+    assert numbers["confidence"] == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize("held_out", [[], [Example((1, 2, 3), (False, False, False))], HELD_OUT[:3]])
 def test_too_little_held_out_is_said_and_gives_no_average(model, own, held_out):
     verdict = judge(model, own, None, held_out, policy())
@@ -84,6 +99,12 @@ def test_too_little_held_out_is_said_and_gives_no_average(model, own, held_out):
     turns = 3 if len(held_out) == 3 else 0
     assert verdict.reason == f"too little to judge by: {turns} held-out turns of 4 needed"
     assert set(verdict.numbers) == {"turns", "tokens", "drift"}
+
+
+def test_the_least_number_of_turns_is_enough_to_judge_by(model, own):
+    verdict = judge(model, own, None, HELD_OUT[:4], policy(min_turns=4))
+    assert verdict.numbers["turns"] == 4
+    assert "gain" in verdict.numbers
 
 
 def test_two_turns_of_one_row_count_as_two(model, own):

@@ -21,7 +21,6 @@ from personalization.history import (
     effective,
     learned,
     parse,
-    preferences,
 )
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -252,53 +251,3 @@ def test_effective_ends_and_changes_nothing_the_second_time(said: list[Turn], da
     once = effective(linked)
     assert len({turn.id for turn in once}) == len(once)
     assert effective(once) == once
-
-
-def reply(name: str, text: str, **fields: object) -> Turn:
-    return turn(name, role="assistant", text=text, **({"author": "model", "version": 1} | fields))
-
-
-def test_a_correction_is_chosen_over_the_reply_it_corrects_and_the_newest_one_counts() -> None:
-    said = [
-        turn("a"),
-        reply("b", "wrong", removed=True),
-        reply("c", "better", author="person", corrects="b", removed=True),
-        reply("d", "best", author="person", corrects="b"),
-        turn("e"),
-    ]
-    (pair,) = preferences(said)
-    assert ([each.id for each in pair.before], pair.rejected.id, pair.chosen.id) == (["a"], "b", "d")
-    exported = parse("\n".join(dump("ann", said)).encode().splitlines()).turns["ann"]
-    assert preferences(exported) == [pair]
-
-
-def test_of_several_replies_to_the_same_words_the_ones_voted_up_beat_those_voted_down() -> None:
-    said = [
-        turn("a"),
-        reply("b", "no", rating="down"),
-        reply("c", "yes", rating="up"),
-        reply("d", "so so"),
-        turn("e"),
-        reply("f", "fine", rating="up"),
-    ]
-    (pair,) = preferences(said)
-    assert ([each.id for each in pair.before], pair.rejected.id, pair.chosen.id) == (["a"], "b", "c")
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        [turn("a"), reply("b", "wrong"), reply("c", "right", author="person", corrects="b", removed=True)],
-        [turn("a"), reply("b", "same  words"), reply("c", "same words", author="person", corrects="b")],
-        [
-            turn("a"),
-            reply("b", "mine", author="person"),
-            reply("c", "mine too", author="person", corrects="b"),
-        ],
-        [turn("a"), reply("b", "no", rating="down"), turn("c"), reply("d", "yes", rating="up")],
-        [turn("a"), reply("b", "no", rating="down"), reply("c", "yes", rating="up", removed=True)],
-    ],
-    ids=["taken out", "same words", "corrects a person's", "to other words", "vote taken out"],
-)
-def test_what_says_nothing_of_two_replies_gives_no_pair(said: list[Turn]) -> None:
-    assert preferences(said) == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from personalization.store import Store
+from personalization.store import HistoryForgotten, Store
 from service import operations
 
 
@@ -33,6 +33,21 @@ async def test_an_import_tells_what_is_new_and_which_lines_are_bad(store: Store)
 async def test_a_file_without_turns_is_no_division_by_zero(store: Store) -> None:
     done = await operations.import_histories(store, [], silent)
     assert (done.users, done.turns, done.new) == (0, 0, 0)
+
+
+async def test_an_import_of_who_is_forgotten_meanwhile_leaves_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personalization.store.APPEND_BATCH", 1)
+    lines = [line("ada", number % 60, f"turn {number}") for number in range(500)]
+    async with asyncio.timeout(20):
+        importing = asyncio.create_task(operations.import_histories(store, lines, silent))
+        while not await store.recent("ada", 1):  # noqa: ASYNC110  (of Redis: nothing to wait on)
+            await asyncio.sleep(0)
+        await store.forget("ada")
+        with pytest.raises(HistoryForgotten):
+            await importing
+    assert await store.turns("ada") == []
 
 
 async def test_a_refresh_is_followed_to_each_persons_end(store: Store) -> None:

@@ -112,6 +112,23 @@ async def test_forgetting_between_number_and_pointer_takes_the_folder_away_again
     assert (await store.pointer("ann")).version == 0
 
 
+async def test_forgetting_right_behind_the_pointer_takes_the_folder_away_again(shelf, store, monkeypatch):
+    await known(store)
+    parent = await store.pointer("ann")
+    move = store.compare_and_set
+
+    async def move_then_forget(user, *rest, **more):
+        moved = await move(user, *rest, **more)
+        await store.forget(user)
+        return moved
+
+    monkeypatch.setattr(store, "compare_and_set", move_then_forget)
+    with pytest.raises(HistoryForgotten):
+        await room.publish(shelf, store, "ann", weights(), ORIGIN, parent)
+    assert on_disk(shelf) == []
+    assert await store.versions("ann") == []
+
+
 async def test_weights_that_are_not_finite_never_get_a_place(shelf, store):
     await known(store)
     with pytest.raises(NotFinite):

@@ -543,6 +543,23 @@ def test_nobody_is_judged_by_what_the_version_to_go_on_from_has_learned(renderer
         assert sorted(lesson.all_turns) == sorted(ids)
 
 
+def test_held_out_words_that_were_trained_judge_nobody_and_are_learned_all_the_same(renderer: Renderer):
+    turns = talk("ann", 60)
+    turns[57] = dataclasses.replace(turns[57], text=turns[3].text)
+    lesson = choose(turns, [], 0, renderer, POLICY)
+    assert learned_turns(lesson.gate) == 5
+    assert learned_turns(lesson.newest) == 6
+
+
+def test_what_was_said_before_the_first_learned_turn_is_its_context(renderer: Renderer):
+    turns = talk("ann", 60)
+    turns[0] = dataclasses.replace(turns[0], author="model")
+    (opening, *_) = choose(turns, [], 0, renderer, POLICY).train
+    alone = renderer.example(turns[:1]).token_ids
+    assert opening.token_ids[: len(alone)] == alone
+    assert not any(opening.learn_mask[: len(alone)])
+
+
 def test_what_the_first_version_left_out_as_too_far_back_is_not_new_to_the_next(renderer: Renderer):
     turns = talk("ann", 88)
     ids = [turn.id for turn in turns]

@@ -54,6 +54,19 @@ def test_a_child_reads_back_the_settings_of_its_parent() -> None:
     assert settings.origins == ("https://a.example", "https://b.example")
 
 
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8080"),
+        ("0.0.0.0", "http://127.0.0.1:8080"),
+        ("::", "http://[::1]:8080"),
+        ("fd00::7", "http://[fd00::7]:8080"),
+    ],
+)
+def test_the_pages_address_is_one_that_a_browser_can_open(host: str, address: str) -> None:
+    assert Settings.read({}, host=host).page_address == address
+
+
 def test_no_nightly_refresh_can_be_asked_for() -> None:
     assert Settings.read({"ATTUNE_NIGHTLY_HOUR": "none"}).nightly_hour is None
     assert Settings.read({}).nightly_hour == 3

@@ -155,6 +155,19 @@ async def test_a_second_correction_replaces_the_first_even_when_made_of_the_firs
     assert await store.learned_count("ann") == 1
 
 
+async def test_a_correction_of_who_is_forgotten_meanwhile_is_not_kept(store: Store, redis: Redis) -> None:
+    class ForgottenMeanwhile(Store):
+        async def turn(self, user: str, turn_id: str) -> Turn:
+            found = await super().turn(user, turn_id)
+            await self.forget(user)
+            return found
+
+    await store.append("ann", [reply("b")])
+    with pytest.raises(HistoryForgotten):
+        await ForgottenMeanwhile(redis, SECRET).correct("ann", "b", "better")
+    assert await store.turns("ann") == []
+
+
 async def test_only_replies_can_be_corrected(store: Store) -> None:
     await store.append("ann", [turn("a")])
     with pytest.raises(InvalidTurn, match="expected an assistant's turn to correct, got 'user'"):
@@ -266,7 +279,8 @@ async def test_users_are_those_with_turns_or_versions(store: Store) -> None:
 
 async def test_all_of_many_users_are_found_once(store: Store) -> None:
     names = [f"user {number}" for number in range(1_200)]
-    await asyncio.gather(*(store.append(name, [turn("a")]) for name in names))
+    for first in range(0, len(names), 100):
+        await asyncio.gather(*(store.append(name, [turn("a")]) for name in names[first : first + 100]))
     assert sorted([user async for user in store.users()]) == sorted(names)
 
 

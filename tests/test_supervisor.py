@@ -131,6 +131,15 @@ def test_commands_find_the_settings_of_the_running_service_by_its_folder(tmp_pat
         assert running_settings(asked) == running
 
 
+@pytest.mark.parametrize("written", ["", '{"ATTUNE_DATA": "/da'])
+def test_a_service_whose_settings_are_half_written_does_not_run_yet(tmp_path: Path, written: str) -> None:
+    asked = Settings.read({}, data=tmp_path)
+    asked.run_folder.mkdir()
+    (asked.run_folder / "service.json").write_text(written)
+    with data_lock(asked.lock_path):
+        assert running_settings(asked) is None
+
+
 def test_a_taken_port_is_refused_before_anything_starts() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

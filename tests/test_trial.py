@@ -133,8 +133,9 @@ async def test_a_trial_stands_beside_the_pointer_and_everyone_hears_of_it(store:
 
 async def test_votes_and_corrections_are_counted_by_the_version_that_wrote(store: Store):
     await with_two_versions(store)
-    await store.append("ann", [said(n, 1 + n % 2) for n in range(8)])
-    for number, rating in ((0, "up"), (2, "up"), (4, "down"), (1, "up"), (3, "down")):
+    imported = replace(said(8, 1), version=None)  # from elsewhere
+    await store.append("ann", [*(said(n, 1 + n % 2) for n in range(8)), imported])
+    for number, rating in ((0, "up"), (2, "up"), (4, "down"), (1, "up"), (3, "down"), (8, "up")):
         await store.rate("ann", f"r{number}", rating)
     await store.rate("ann", "r5", "up")
     await store.correct("ann", "r5", "rather this")

@@ -26,6 +26,7 @@ from personalization.jobs import (
     job_key,
     queue_stats,
     request_refresh,
+    tell,
 )
 from personalization.prompt import Renderer
 from personalization.publish import Shelf
@@ -118,6 +119,11 @@ async def test_asking_twice_joins_the_first_request(queue: RefreshQueue, store: 
     assert (await queue_stats(queue)).queued == 1
     progress = await store.progress("ann")
     assert progress == {"job_id": first.job_id, "asked_by": "asked", "state": "queued", "progress": 0.0}
+    job = await queue.job(job_key(store, "ann"))
+    assert job is not None
+    await tell(store, job, {"state": "training", "progress": 0.5})
+    third = await request_refresh(queue, store, "ann", "asked")
+    assert (third.job_id, third.state) == (first.job_id, "training")
 
 
 async def test_people_who_ask_at_the_same_time_share_a_stack(
@@ -476,6 +482,18 @@ async def test_the_sweep_brings_back_a_job_whose_worker_never_said_a_word(queue:
     assert await queue.sweep(lock=1) == []
     await asyncio.sleep(1.1)
     assert await queue.sweep(lock=1) == [queue.job_id(job_key(store, "ann"))]
+    assert (await queue_stats(queue)).active == 0
+
+
+async def test_the_sweep_clears_away_what_stands_for_a_job_that_is_gone(queue: RefreshQueue, store: Store):
+    await store.append("ann", talk("ann", 5))
+    await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
+    job = await queue.dequeue(timeout=1)
+    assert job is not None
+    await queue.client.delete(job.id)  # as when its time to live has passed
+    assert await queue.sweep(lock=1) == []
+    await asyncio.sleep(1.1)
+    assert await queue.sweep(lock=1) == [job.id]
     assert (await queue_stats(queue)).active == 0
 
 
