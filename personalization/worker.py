@@ -60,7 +60,8 @@ class WorkerSettings:
     training_bytes: int | None = None
     gather_s: float = 0.5  # at most, while it is not known how long a batch takes
     gather_people: int = 64
-    background_people: int = 8
+    background_people: int = 8  # at first
+    background_s: float = 20.0
     sweep_s: int = 5
     idle_trainer_s: float = 600.0
     nightly_hour: int | None = 3
@@ -85,8 +86,9 @@ class Gatherer:
 
     A batch begins once nobody has come for a moment: a twentieth of what the last batch took. So the wait
     for company costs the first one at most a tenth, where missing the batch would cost the second a whole
-    one. Who asked is waiting for it, so those go first, and a batch of others is of `background_people` at
-    most: who asks during it need not wait long."""
+    one. Who asked is waiting for it, so those go first, and a batch of others is to take `background_s` at
+    most, as who asks during it has to wait for its end: it is of `background_people` at first, then of as
+    many as the last one's pace allows, but never more than twice as many as before."""
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class Gatherer:
         gather_s: float,
         people: int,
         background_people: int,
+        background_s: float,
         idle_trainer_s: float,
         say_every_s: float = 0.5,
     ) -> None:
@@ -102,6 +105,7 @@ class Gatherer:
         self._gather_s = gather_s
         self._people = people
         self._background_people = background_people
+        self._background_s = background_s
         self._idle_trainer_s = idle_trainer_s
         self._say_every_s = say_every_s
         self._waiting: list[_Waiting] = []
@@ -125,8 +129,11 @@ class Gatherer:
             for batch in filter(None, (together, *alone)):
                 log.info("refresh.batch", people=len(batch))
                 began = time.monotonic()
-                await self._work(batch)
+                trained = await self._work(batch)
                 self._batch_s = time.monotonic() - began
+                if trained:
+                    fit = min(2 * self._background_people, self._background_s * trained / self._batch_s)
+                    self._background_people = max(1, min(self._people, int(fit)))
 
     async def _gather(self) -> list[_Waiting]:
         """The next batch: whoever waits when nobody has come for a moment."""
@@ -157,8 +164,10 @@ class Gatherer:
             return False
         return True
 
-    async def _work(self, batch: dict[str, _Waiting]) -> None:
+    async def _work(self, batch: dict[str, _Waiting]) -> int:
+        """Refresh these people; how many of them were trained."""
         told: dict[str, tuple[str, float]] = {}
+        trained = 0
 
         async def say(user: str, message: dict[str, Any]) -> None:
             state, (before, at) = message["state"], told.get(user, ("", 0.0))
@@ -167,6 +176,8 @@ class Gatherer:
                 await tell(self._kit.store, batch[user].job, message)
 
         async def end(outcome: Outcome) -> None:
+            nonlocal trained
+            trained += bool(outcome.numbers)
             waiting = batch[outcome.user]
             if outcome.error is None:
                 await tell(self._kit.store, waiting.job, outcome.message())
@@ -187,6 +198,7 @@ class Gatherer:
             for each in batch.values():
                 if not each.ended.done():
                     each.ended.set_exception(failure)
+        return trained
 
 
 def _one_each(waiting: list[_Waiting]) -> list[_Waiting]:
@@ -304,6 +316,7 @@ async def run_worker(settings: WorkerSettings) -> None:
         gather_s=settings.gather_s,
         people=settings.gather_people,
         background_people=settings.background_people,
+        background_s=settings.background_s,
         idle_trainer_s=settings.idle_trainer_s,
     )
     context = {

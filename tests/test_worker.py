@@ -166,7 +166,7 @@ async def test_who_asks_goes_before_those_who_did_not_and_these_go_in_small_batc
     for user in [*others, "ann"]:
         await store.append(user, talk(user, 25))
         await request_refresh(queue, store, user, "asked" if user == "ann" else "nightly", jobs=JOBS)
-    few = dataclasses.replace(settings, background_people=2)
+    few = dataclasses.replace(settings, background_people=2, background_s=0.001)
     seen: list[tuple[str, str]] = []
     async with store.events() as events, working(few):
         while len([state for _, state in seen if state == "completed"]) < 5:
@@ -179,6 +179,26 @@ async def test_who_asks_goes_before_those_who_did_not_and_these_go_in_small_batc
         under_way.add(user) if state == "training" else under_way.discard(user)
         assert len(under_way) <= 2
         assert "ann" not in under_way or under_way == {"ann"}
+
+
+async def test_batches_of_those_who_did_not_ask_grow_while_they_are_fast(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    users = [f"user{number}" for number in range(7)]
+    for user in users:
+        await store.append(user, talk(user, 25))
+        await request_refresh(queue, store, user, "nightly", jobs=JOBS)
+    sizes = [0]
+    async with store.events() as events, working(dataclasses.replace(settings, background_people=1)):
+        ended: set[str] = set()
+        while len(ended) < len(users):
+            event = await asyncio.wait_for(anext(events), 60)
+            if event.get("state") == "completed":
+                ended.add(event["user"])
+                sizes.append(0)
+            elif event.get("state") == "training" and event.get("progress") == 0.0:
+                sizes[-1] += 1
+    assert [size for size in sizes if size] == [1, 2, 4]
 
 
 async def test_asking_for_now_takes_the_place_of_a_job_for_later(queue: RefreshQueue, store: Store):
@@ -402,7 +422,7 @@ async def test_someone_who_waits_twice_comes_to_both_ends(
     renderer = Renderer(settings.model_folder, config.max_position_embeddings)
     shelf = Shelf(settings.data / "adapters", config, 0)
     kit = Kit(store, shelf, renderer, trainer, POLICY, "small", lambda: datetime.now(UTC))
-    gatherer = Gatherer(kit, gather_s=0.2, people=4, background_people=4, idle_trainer_s=60)
+    gatherer = Gatherer(kit, gather_s=0.2, people=4, background_people=4, background_s=9, idle_trainer_s=60)
     gathering = asyncio.create_task(gatherer.run())
     try:
         async with asyncio.timeout(10):
