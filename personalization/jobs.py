@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from saq import Job, Status
 from saq.job import TERMINAL_STATUSES
@@ -162,13 +163,18 @@ class QueueStats:
 
 
 async def queue_stats(queue: "RefreshQueue") -> QueueStats:
-    queued, active, incomplete = [await queue.count(kind) for kind in ("queued", "active", "incomplete")]
-    counts = await queue.client.hgetall(COUNTS)
+    """Raises StoreUnavailable."""
+    try:
+        queued, active, incomplete = [await queue.count(kind) for kind in ("queued", "active", "incomplete")]
+        counts = await queue.client.hgetall(COUNTS)
+        dead = await queue.client.llen(DEAD)
+    except (RedisError, OSError) as error:
+        raise StoreUnavailable(type(error).__name__) from error
     return QueueStats(
         queued,
         active,
         max(0, incomplete - queued - active),
-        await queue.client.llen(DEAD),
+        dead,
         {name.decode(): int(count) for name, count in counts.items()},
     )
 

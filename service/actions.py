@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from personalization.jobs import cancel_jobs, open_queue, request_refresh
+from personalization.jobs import QueueStats, cancel_jobs, open_queue, queue_stats, request_refresh
 from personalization.store import Store
 from service.forget import EngineCaches, Removed, forget
 from service.settings import Settings
@@ -37,6 +37,10 @@ class Actions:
         """Queue a refresh, or join the one that is under way: `{job_id, state}`."""
         asked = await request_refresh(self._queue, self._store, user, reason)
         return {"job_id": asked.job_id, "state": asked.state}
+
+    async def refreshes(self) -> QueueStats:
+        """How many are to come, under way and ended."""
+        return await queue_stats(self._queue)
 
     async def rollback(self, user: str, version: int) -> int:
         """Let `version` answer again (0: the base); returns the one that answered. Raises NotPossible."""

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from starlette.applications import Starlette
@@ -25,13 +25,15 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from engine.client import EngineClient, EngineLost
+from engine.client import EngineClient, EngineError, EngineLost
 from engine.request import AdapterRef
+from personalization.jobs import QueueStats
 from personalization.prompt import Renderer
 from personalization.store import RECONNECTED, Store, StoreUnavailable
 from service import protocol
 from service.attune_api import AttuneApi, AttuneServices
 from service.auth import Authenticator
+from service.engine_metrics import Observed
 from service.errors import ApiError, Forbidden, NotAuthenticated, RateLimited
 from service.events import SessionExpiring, pushed_event
 from service.http import Door, error_handler, json_response
@@ -48,6 +50,7 @@ from service.store_health import StoreHealth
 log = structlog.get_logger(__name__)
 
 READY_PATIENCE_S = 2.0
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class GatewayOptions:
 
 @dataclass(frozen=True)
 class GatewayDeps:
-    """What the gateway is given; time and chance among it. See AttuneServices for the three callables."""
+    """What the gateway is given; time and chance among it. See AttuneServices for the first three
+    callables."""
 
     store: Store
     engine: EngineClient
@@ -79,6 +83,7 @@ class GatewayDeps:
     refresh: Callable[[str, str], Awaitable[dict[str, Any]]]
     rollback: Callable[[str, int], Awaitable[int]]
     forget: Callable[[str], Awaitable[dict[str, Any]]]
+    refreshes: Callable[[], Awaitable[QueueStats]]
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     new_seed: Callable[[], int] = lambda: secrets.randbits(63)
@@ -264,8 +269,20 @@ class Gateway:
         return True
 
     async def show_metrics(self, request: Request) -> Response:
+        engine, refreshes = await asyncio.gather(
+            _or_none(self.deps.engine.stats()), _or_none(self.deps.refreshes())
+        )
         self.metrics.engine_up.set(self.deps.engine.connected)
-        return Response(self.metrics.page(), media_type=CONTENT_TYPE)
+        page = self.metrics.page() + Observed(engine, refreshes).page()
+        return Response(page, media_type=CONTENT_TYPE)
+
+
+async def _or_none(asked: Awaitable[_Answer]) -> _Answer | None:
+    """What comes of it, if it comes soon."""
+    with contextlib.suppress(TimeoutError, EngineError, StoreUnavailable):
+        async with asyncio.timeout(READY_PATIENCE_S):
+            return await asked
+    return None
 
 
 class CountRequests:

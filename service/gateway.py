@@ -128,6 +128,7 @@ async def run_gateway(settings: Settings) -> None:
                 refresh=actions.refresh,
                 rollback=actions.rollback,
                 forget=forget,
+                refreshes=actions.refreshes,
             )
         )
         if settings.demo_sessions:

@@ -40,6 +40,7 @@ async def main(given: dict[str, str]) -> None:
             refresh=unused,
             rollback=unused,
             forget=unused,
+            refreshes=unused,
         )
     )
     server = Server(server_config(app, host="127.0.0.1", port=0))

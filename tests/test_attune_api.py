@@ -12,14 +12,17 @@ import openai
 import pytest
 
 from personalization.history import Turn, dump
-from personalization.store import Standing
+from personalization.jobs import QueueStats, cancel_jobs, open_queue, queue_stats, request_refresh
+from personalization.store import Standing, Store, connect
 from personalization.when import When
+from service.engine_metrics import STEP_PARTS
 from service.errors import NotFound
 from service.input import said_in_response
 from service.limits import Limits
 from service.page import NOT_BUILT, page_app
 from service.protocol import CreateResponse
 from service.session import SessionOptions
+from tests.redis_fixture import SECRET, RedisServer
 from tests.tiny_service import Running, TinyService
 
 pytest_plugins = ("tests.service_fixtures",)
@@ -321,6 +324,56 @@ async def test_metrics_count_and_name_nobody(service: TinyService) -> None:
         assert 'route="conversation",status="200"' in page
         for secret in ("secret", "private", service.store.adapter_id("ann-the-secret")):
             assert secret not in page
+
+
+async def test_metrics_tell_of_the_engine_and_of_the_refreshes(service: TinyService) -> None:
+    def values(page: str) -> dict[str, float]:
+        lines = [line for line in page.splitlines() if line and not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    async with service.gateway() as gateway, web(gateway, None) as client:
+        before = values((await client.get("/metrics")).text)
+        await service.give_adapter("ann", 1)
+        reply = await gateway.client("ann").responses.create(model="me", input="hello", max_output_tokens=3)
+        queue = open_queue(service.store._redis)
+        await request_refresh(queue, service.store, "ann", "asked")
+        after = values((await client.get("/metrics")).text)
+        grown = {name: after[name] - before.get(name, 0.0) for name in after}
+        assert reply.usage is not None
+        assert grown["attune_engine_step_output_tokens_total"] == 3
+        assert grown["attune_engine_tokens_total"] == reply.usage.input_tokens + 2
+        assert grown['attune_engine_finished_total{reason="length"}'] == 1
+        assert grown["attune_engine_adapter_loads_total"] == 1
+        assert sum(grown[name] for name in grown if name.startswith("attune_engine_adapters_found")) == 1
+        assert after["attune_engine_adapters_resident"] >= 1
+        assert grown["attune_engine_steps_total"] >= 3
+        parts = [f'attune_engine_step_seconds_total{{part="{part}"}}' for part in STEP_PARTS]
+        assert sum(grown[part] for part in parts) > 0
+        stats = (await gateway.gateway.deps.engine.stats())["pages"]
+        held = [value for name, value in after.items() if name.startswith("attune_engine_pages{")]
+        assert (len(held), sum(held)) == (5, stats["total"])
+        assert after['attune_refresh_jobs{state="queued"}'] == 1
+        assert after["attune_refresh_dead"] == 0
+        await cancel_jobs(queue, service.store, "ann")
+
+
+async def test_metrics_leave_out_who_does_not_answer(service: TinyService, redis_server: RedisServer) -> None:
+    own = Store(connect(redis_server.url), SECRET)
+
+    async def away() -> QueueStats:
+        await own.ping()
+        return await queue_stats(open_queue(own._redis))
+
+    async with service.gateway(refreshes=away) as gateway, web(gateway, None) as client:
+        redis_server.kill()
+        page = (await client.get("/metrics")).text
+        assert "attune_engine_steps_total" in page
+        assert "attune_refresh_jobs" not in page
+        await gateway.gateway.deps.engine.close()
+        page = (await client.get("/metrics")).text
+        assert "attune_engine_up 0.0" in page
+        assert "attune_engine_steps_total" not in page
+    await own.close()
 
 
 async def test_the_page_comes_with_headers_that_let_nothing_foreign_in(service: TinyService) -> None:

@@ -25,6 +25,7 @@ from engine.engine import Engine
 from engine.model import MODULES, module_shape
 from engine.server import serve as serve_engine
 from engine.weights import LoadedModel, load_model
+from personalization.jobs import open_queue, queue_stats
 from personalization.prompt import Renderer
 from personalization.store import Store, VersionRecord
 from service.app import Gateway, GatewayDeps, GatewayOptions, build_app
@@ -296,7 +297,7 @@ class TinyService:
                 refresh=refresh,
                 rollback=rollback,
                 forget=forget,
-                **deps,
+                **{"refreshes": lambda: queue_stats(open_queue(self.store._redis)), **deps},
             )
         )
         web = Server(server_config(app, host="127.0.0.1", port=0, **(server or {})))
