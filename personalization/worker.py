@@ -179,6 +179,10 @@ class Gatherer:
             nonlocal trained
             trained += bool(outcome.numbers)
             waiting = batch[outcome.user]
+            log.info(
+                "refresh.ended", job=waiting.job.key, state=outcome.state, version=outcome.after,
+                published=outcome.published, reason=outcome.reason,
+            )  # fmt: skip
             if outcome.error is None:
                 await tell(self._kit.store, waiting.job, outcome.message())
             if waiting.ended.done():  # cancelled: the worker stops

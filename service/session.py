@@ -263,11 +263,11 @@ class Session:
             raise BadRequest("rating: expected a rating, a correction or both", param="rating")
         saved = FeedbackCreated(item_id=given.item_id, event_id=given.event_id)
         try:
+            if given.correction is not None:  # first, as it may be refused: then nothing is saved
+                saved.correction_id = (await self.store.correct(user, given.item_id, given.correction)).id
             if given.rating is not UNSET:
                 await self.store.rate(user, given.item_id, given.rating)
                 saved.rating = given.rating
-            if given.correction is not None:
-                saved.correction_id = (await self.store.correct(user, given.item_id, given.correction)).id
         except UnknownTurn:
             raise NotFound(f"no turn {given.item_id!r:.80}", code="turn_not_found", param="item_id") from None
         except InvalidTurn as error:

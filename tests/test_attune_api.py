@@ -11,7 +11,7 @@ import httpx2
 import openai
 import pytest
 
-from personalization.history import Turn, dump
+from personalization.history import MAX_TEXT_CHARS, Turn, dump
 from personalization.jobs import QueueStats, cancel_jobs, open_queue, queue_stats, request_refresh
 from personalization.store import Standing, Store, connect
 from personalization.when import When
@@ -417,6 +417,8 @@ async def test_feedback_over_http_is_what_it_is_on_a_socket(service: TinyService
         assert (await service.store.turn("ann", item)).rating == "down"
         taken_back = await ann.post("/attune/feedback", json={"item_id": item, "rating": None})
         assert taken_back.json()["rating"] is None
+        too_long = {"item_id": item, "rating": "down", "correction": "x" * (MAX_TEXT_CHARS + 1)}
+        assert (await ann.post("/attune/feedback", json=too_long)).status_code == 400
         assert (await service.store.turn("ann", item)).rating is None
         for body, code in (({"item_id": item}, 400), ({"item_id": item, "rating": "great"}, 400), ({}, 400)):
             assert (await ann.post("/attune/feedback", json=body)).status_code == code
