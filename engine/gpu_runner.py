@@ -6,6 +6,7 @@ the host waits for none of them. The next step may be launched at once: it finds
 the device.
 """
 
+import logging
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from engine.step_inputs import Limits, StepInputs
 from engine.weights import LoadedModel
 from kernels import attention
 from kernels.attention import DecodePlan
+
+log = logging.getLogger(__name__)
 
 Graph = torch.cuda.CUDAGraph
 _LIKELY_CONTEXT = 4096
@@ -96,11 +99,11 @@ class GpuRunner:
             blocks=rows * longest,  # all rows may share nearly all of theirs
             query_rows=attention.QUERY_ROWS,
         )
-        self._is_cuda = device.type == "cuda"
+        self._is_cuda = self._records = device.type == "cuda"
         self._inputs = StepInputs(limits, device, config.num_layers)
         with torch.inference_mode():
             self._decoder = GpuDecoder(model.decoder, arena, self._slabs, self._inputs)
-        self._graphs: dict[StepShape, Graph | None] = {}  # None on a CPU, which records nothing
+        self._graphs: dict[StepShape, Graph | None] = {}  # None: launched kernel by kernel, as on a CPU
         self._groups: dict[tuple[str, ...], None] = dict.fromkeys([(), GROUPS])  # of all adapters seen
         self._to_prepare: deque[StepShape] | None = None  # None: to be listed, as `_groups` has changed
         self._results = [torch.zeros(rows, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(2)]
@@ -255,14 +258,23 @@ class GpuRunner:
         )
 
     def _run(self, shape: StepShape) -> None:
-        graph = self._graphs.get(shape)
-        if graph is not None:
+        if shape not in self._graphs:
+            self._decoder.step(shape)  # compiles what is new; this step is done with it
+            try:
+                self._graphs[shape] = self._record(lambda: self._decoder.step(shape))
+            except torch.OutOfMemoryError:
+                log.exception(
+                    "no memory to record a step: from now on new ones are launched kernel by kernel"
+                )
+                self._records, self._graphs[shape] = False, None
+        elif (graph := self._graphs[shape]) is not None:
             graph.replay()
-            return
-        self._decoder.step(shape)  # compiles what is new; this step is done with it
-        self._graphs[shape] = self._record(lambda: self._decoder.step(shape)) if self._is_cuda else None
+        else:
+            self._decoder.step(shape)
 
-    def _record(self, launches: Callable[[], None]) -> Graph:
+    def _record(self, launches: Callable[[], None]) -> Graph | None:
+        if not self._records:
+            return None
         graph = Graph()
         self._stream.synchronize()
         # Other threads may go on to allocate pinned memory while we record.

@@ -96,6 +96,27 @@ def test_preparing_steps_touches_no_page_and_changes_no_reply(world: World) -> N
     assert worst(got[0], world.reference(name, tokens)[4]) < 1e-4
 
 
+def test_a_step_that_cannot_be_recorded_is_done_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Driver(world.loaded, on_gpu=True)
+    runner = driver.runner
+    assert isinstance(runner, GpuRunner)
+
+    def no_memory(launches: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_record", no_memory)
+        sequence = driver.sequence(tokens_of(53, 6))
+        batch = build_batch([driver.chunk(sequence, 6)], BLOCK)
+        first = runner.launch(batch).tokens()
+    assert "no memory to record a step" in caplog.text
+    assert not runner._records
+    assert runner.launch(batch).tokens() == first
+    assert runner._graphs == {runner._shape(batch): None}
+
+
 def test_the_likely_shapes_are_those_that_batches_come_in(world: World) -> None:
     driver = Driver(world.loaded, on_gpu=True, num_slabs=900)
     runner = driver.runner
