@@ -49,7 +49,7 @@ export function signIn(app: App): HTMLElement {
     },
     icon("mark", "mark"),
     h("h2", { text: "Who is there?" }),
-    h("p", { text: "This service does not hand out names. Paste the token that “attune token NAME” printed; it stays in this tab." }),
+    h("p", { text: "It takes a token to come in. Paste the one that “attune token NAME” printed; it stays in this tab." }),
     h("div", { class: "row" }, field, h("button", { class: "primary", text: "Come in", attrs: { type: "submit" } })),
     why,
     button({ class: "plain", label: "Try again without", wide: true, press: () => {
