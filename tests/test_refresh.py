@@ -230,13 +230,18 @@ async def test_the_next_refresh_carries_the_version_on_and_then_there_is_nothing
         assert not third["ann"].published
 
 
-@on_one_loop
-async def test_on_another_base_model_all_is_learned_anew_and_not_only_what_is_new(kit: Kit, store: Store):
+async def publish_first_versions(kit: Kit, store: Store, *, for_another_base: str) -> None:
+    """ann's and bob's."""
     for user in ("ann", "bob"):
         await store.append(user, talk(user, 40))
     await run(["ann", "bob"], kit)
-    meta = kit.shelf.root / store.adapter_id("ann") / "1" / "attune.json"
+    meta = kit.shelf.root / store.adapter_id(for_another_base) / "1" / "attune.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"base_hash": "another"}))
+
+
+@on_one_loop
+async def test_on_another_base_model_all_is_learned_anew_and_not_only_what_is_new(kit: Kit, store: Store):
+    await publish_first_versions(kit, store, for_another_base="ann")
     for user in ("ann", "bob"):
         await store.append(user, talk(user, 10, first=40))
     ended, said = await run(["ann", "bob"], kit)
@@ -255,11 +260,7 @@ async def test_on_another_base_model_all_is_learned_anew_and_not_only_what_is_ne
 async def test_a_version_that_cannot_be_carried_on_is_learned_anew_without_new_turns(
     kit: Kit, store: Store, more: int
 ):
-    for user in ("ann", "bob"):
-        await store.append(user, talk(user, 40))
-    await run(["ann", "bob"], kit)
-    meta = kit.shelf.root / store.adapter_id("ann") / "1" / "attune.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"base_hash": "another"}))
+    await publish_first_versions(kit, store, for_another_base="ann")
     for user in ("ann", "bob"):
         await store.append(user, talk(user, more, first=40))
     ended, _ = await run(["ann", "bob"], kit)
