@@ -292,7 +292,7 @@ class RefreshQueue(RedisQueue):
     async def bury(self, job: Job) -> None:
         """Keep a job that failed for good, without anything a person wrote, unless it was erased. Once: its
         worker and the one that takes it for lost may both come to its end."""
-        if not await self._is_current(job):
+        if await self._stored(job) is None:
             return
         kwargs = job.kwargs or {}
         reason = ((job.error or "").strip().splitlines() or ["unknown"])[-1]
@@ -311,21 +311,21 @@ class RefreshQueue(RedisQueue):
             if json.loads(entry)["adapter"] == adapter_id:
                 await self.client.lrem(DEAD, 0, entry)
 
-    async def _is_current(self, job: Job) -> bool:
-        """Whether the stored job is this one, not a later one under the same key, and not erased. If somebody
-        has asked for it meanwhile, `job` knows from now on."""
-        stored = await self.job(job.key)
-        if stored is None or (stored.kwargs or {}).get("job_id") != (job.kwargs or {}).get("job_id"):
-            return False
-        job.kwargs = stored.kwargs
-        return True
-
     async def _may_write(self, job: Job) -> bool:
         """Whether `job` is the stored one, at its newest attempt, and has not ended."""
+        stored = await self._stored(job)
+        return (
+            stored is not None and stored.attempts <= job.attempts and stored.status not in TERMINAL_STATUSES
+        )
+
+    async def _stored(self, job: Job) -> Job | None:
+        """What is stored of this job; None if it was erased, or a later one has its key. If somebody has
+        asked for it meanwhile, `job` knows from now on."""
         stored = await self.job(job.key)
-        if stored is None or stored.attempts > job.attempts or stored.status in TERMINAL_STATUSES:
-            return False
-        return await self._is_current(job)
+        if stored is None or (stored.kwargs or {}).get("job_id") != (job.kwargs or {}).get("job_id"):
+            return None
+        job.kwargs = stored.kwargs
+        return stored
 
     async def update(self, job: Job, **kwargs: Any) -> None:
         if await self._may_write(job):

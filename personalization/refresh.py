@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.adapter_files import check_base, read_adapter, version_folder
+from engine.adapter_files import version_folder
 from personalization import lineage
 from personalization.examples import hold_out, serving_rows, training_rows
 from personalization.gate import GatePolicy
@@ -39,7 +39,7 @@ from personalization.publish import (
 )
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.train import Recipe
-from personalization.trainer import Judged, Judging, Progress, Stranded, Task, Trainer
+from personalization.trainer import Judged, Judging, Progress, Stranded, Task, Trainer, read_to_go_on
 from personalization.trial import ended
 from personalization.when import EXPECTED, curve
 
@@ -266,12 +266,7 @@ async def _can_go_on(kit: Kit, adapter_id: str, version: int) -> bool:
     """Whether a version can be loaded, on the base that is trained here."""
     base_hash = await kit.trainer.base_hash()
     folder = version_folder(kit.shelf.root, adapter_id, version)
-    try:
-        await asyncio.to_thread(check_base, folder, base_hash)
-        await asyncio.to_thread(read_adapter, folder, kit.shelf.config)
-    except AdapterError:
-        return False
-    return True
+    return await asyncio.to_thread(read_to_go_on, folder, kit.shelf.config, base_hash) is not None
 
 
 async def _leave(user: str, pointer: Pointer, start: int, kit: Kit, reason: str) -> Outcome:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engine.adapter_files import META_FILE, AdapterError, LoraModule, LoraWeights, read_adapter
 from engine.lending import Borrowed, NothingLent, trainer_bytes
+from engine.model import ModelConfig
 from engine.weights import LoadedModel, load_model
 from personalization.finish import Accepted, finish
 from personalization.gate import Case, Gate, GatePolicy, Verdict, scaled
@@ -366,11 +367,11 @@ def _learners(
     """Whoever can be trained; of the others it is said that they are stranded."""
     learners: list[_Learner] = []
     for task in tasks:
-        serving = _read_adapter(task.serving, model)
+        serving = read_to_go_on(task.serving, model.config, model.base_hash)
         if serving is None and task.serving is not None:
             send({"kind": "stranded", "id": task.id})
         else:
-            start = _read_adapter(task.start, model) if serving is None else None
+            start = read_to_go_on(task.start, model.config, model.base_hash) if serving is None else None
             learners.append(_Learner(task, serving, start))
     return learners
 
@@ -419,15 +420,15 @@ def _numbers(trained: Trained, verdict: Verdict) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value == value}
 
 
-def _read_adapter(folder: Path | None, model: LoadedModel) -> LoraWeights | None:
+def read_to_go_on(folder: Path | None, config: ModelConfig, base_hash: str) -> LoraWeights | None:
     """An adapter to go on from, or None if that cannot be: unreadable, or made for another base."""
     if folder is None:
         return None
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        if meta["base_hash"] != model.base_hash:
+        if meta["base_hash"] != base_hash:
             return None
-        return read_adapter(folder, model.config)
+        return read_adapter(folder, config)
     except (OSError, ValueError, KeyError, AdapterError):
         return None
 
