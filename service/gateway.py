@@ -20,6 +20,7 @@ from service import protocol
 from service.actions import Actions
 from service.app import GatewayDeps, GatewayOptions, build_app
 from service.auth import allowed_origins
+from service.limits import Limits
 from service.samples import SAMPLES, ensure_samples
 from service.session import SessionOptions
 from service.settings import Settings, read_or_create_secret, token_key, trial_seed
@@ -118,6 +119,7 @@ async def run_gateway(settings: Settings) -> None:
             demo_hours=settings.token_hours if settings.demo_sessions else None,
             samples=[sample.shown() for sample in SAMPLES] if settings.demo_sessions else (),
             session=session_options(settings, secret),
+            limits=Limits.for_replies(settings.replies_per_minute),
         )
         app = build_app(
             GatewayDeps(

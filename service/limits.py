@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 from limits import RateLimitItem, parse
 from limits.aio.storage import MemoryStorage
@@ -24,6 +25,11 @@ class Limits:
     sockets_per_user: int = 16
     replies_per_user: int = 8  # at once
     replies_per_socket: int = 4  # at once
+
+    @classmethod
+    def for_replies(cls, per_minute: int) -> Self:
+        """Limits of a service where one person may ask for so many replies, and send ten frames for each."""
+        return cls(replies=f"{per_minute}/minute", messages=f"{10 * per_minute}/minute")
 
 
 @dataclass

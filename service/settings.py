@@ -87,6 +87,7 @@ class Settings(BaseModel):
 
     # people
     token_hours: float = Field(default=24.0, gt=0)
+    replies_per_minute: int = Field(default=120, ge=1)  # one person
     demo_users: Literal["auto", "on", "off"] = "auto"  # the page's user switcher; auto: on loopback only
     origins: Annotated[tuple[str, ...], BeforeValidator(_commas)] = ()  # besides the page's own
 

@@ -25,6 +25,7 @@ from tests.running_service import PROCESSES, RunningService, running_service
 
 pytestmark = pytest.mark.timeout(240)
 ONLY_WHAT_IS_ASKED = {"auto_refresh_after": "0", "nightly_hour": "none", "demo_users": "off"}
+AS_FAST_AS_IT_CAN = {"replies_per_minute": "100000"}  # who asks again at once reaches what a person may ask
 WORDS = (
     ["crimson", "amber", "teal", "ivory", "violet", "russet", "ochre", "jade"],
     ["otter", "heron", "badger", "lynx", "marten", "osprey", "weasel", "stoat"],
@@ -37,7 +38,7 @@ LONG = 160  # tokens of a reply that is still streaming while something happens
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     folder = tmp_path_factory.mktemp("journeys") / "data"
-    with running_service(folder, **ONLY_WHAT_IS_ASKED) as running:
+    with running_service(folder, **ONLY_WHAT_IS_ASKED, **AS_FAST_AS_IT_CAN) as running:
         yield running
 
 
@@ -75,9 +76,9 @@ def version_of(event: dict[str, Any]) -> int:
 
 
 async def reply(client: ChatClient, text: str, **options: Any) -> list[dict[str, Any]]:
-    """The reply's own events."""
+    """The reply's own events, and a refusal."""
     await client.ask(text, **options)
-    return [event async for event in client.reply() if event["type"].startswith("response.")]
+    return [event async for event in client.reply() if event["type"].startswith(("response.", "error"))]
 
 
 def sdk(service: RunningService) -> OpenAI:

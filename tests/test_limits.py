@@ -43,3 +43,15 @@ async def test_sockets_are_counted_while_they_are_open() -> None:
             pass
     with limits.socket("ann"):
         pass
+
+
+async def test_what_a_person_may_ask_is_chosen_and_ten_frames_go_with_each_reply() -> None:
+    limits = RateLimits(Limits.for_replies(3))
+    for _ in range(3):
+        await limits.reply("ann")
+    with pytest.raises(RateLimited, match="3 per 1 minute"):
+        await limits.reply("ann")
+    for _ in range(30):
+        await limits.message("ann")
+    with pytest.raises(RateLimited, match="30 per 1 minute"):
+        await limits.message("ann")
