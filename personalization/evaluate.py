@@ -98,12 +98,14 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One person. `alone`: each test turn as a chat of its own; `test`: behind what serving would show."""
+    """One person. `later`: all turns of the test's part; `fresh`: those of them that are measured; `alone`:
+    each of these as a chat of its own; `test`: behind what serving would show."""
 
     user: str
     turns: int
     history: list[Turn]
     before: list[Turn]
+    later: list[Turn]
     fresh: list[Turn]
     lesson: Lesson
     alone: list[Example]
@@ -246,7 +248,9 @@ def subject_of(user: str, turns: Sequence[Turn], bench: Bench) -> Subject | None
     alone = [row for turn in fresh for row in _rows([], turn, bench.renderer, bench.policy.gate_tokens)]
     if not (lesson.train and lesson.gate and test and alone):
         return None
-    return Subject(user, sum(map(learned, turns)), parts.history, before, fresh, lesson, alone, test)
+    return Subject(
+        user, sum(map(learned, turns)), parts.history, before, parts.test, fresh, lesson, alone, test
+    )
 
 
 def interval(values: Sequence[float], draws: int = DRAWS) -> list[float]:
@@ -490,7 +494,7 @@ def _selection(
                     " ".join(t.casefold().split()) for t in texts
                 }:
                     texts.append(other.text)
-            earlier = [other for other in [*subject.before, *subject.fresh] if other.at < turn.at][-60:]
+            earlier = _said_before(subject, turn)[-60:]
             rows = []
             for number, text in enumerate(texts):
                 said = replace(turn, id=f"{turn.id}-{number}", text=text, corrects=None)
@@ -508,14 +512,22 @@ def _selection(
         )
         of_people: dict[int, list[bool]] = {}
         for at, group in zip(owners, losses, strict=True):
-            of_people.setdefault(at, []).append(_lowest([float(row.mean()) for row in group]) == 0)
+            of_people.setdefault(at, []).append(_first_is_lowest([float(row.mean()) for row in group]))
         shares = [statistics.fmean(hits) for hits in of_people.values()]
         found[name] = {"hits_at_1": round(statistics.fmean(shares), 4), "interval": interval(shares)}
     return found
 
 
-def _lowest(values: Sequence[float]) -> int:
-    return min(range(len(values)), key=lambda place: values[place])
+def _said_before(subject: Subject, turn: Turn) -> list[Turn]:
+    """All that was said before a turn of the test, by whomever; not what that turn corrects."""
+    said = [*subject.before, *subject.later]
+    place = next(at for at, other in enumerate(said) if other.id == turn.id)
+    return [other for other in said[:place] if other.id != turn.corrects]
+
+
+def _first_is_lowest(values: Sequence[float]) -> bool:
+    """Whether the first is below all others: not if it is as low as another, or no number."""
+    return all(values[0] < other for other in values[1:])
 
 
 def _authors(bench: Bench, subjects: Sequence[Subject], candidates: Adapters) -> dict[str, Any]:
@@ -527,7 +539,7 @@ def _authors(bench: Bench, subjects: Sequence[Subject], candidates: Adapters) ->
         rivals = [candidates[(place + step) % len(subjects)] for step in range(size)]
         asked += [(rival, subject.alone[:AUTHOR_ROWS]) for rival in rivals]
     means = [_mean(losses) for losses in losses_of_many(bench.model, asked)]
-    hits = [_lowest(means[at : at + size]) == 0 for at in range(0, len(means), size)]
+    hits = [_first_is_lowest(means[at : at + size]) for at in range(0, len(means), size)]
     return {
         "among": size,
         "hits_at_1": _share(hits),

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +20,17 @@ from personalization.evaluate import (
     Evaluation,
     Extent,
     NothingToMeasure,
+    _first_is_lowest,
+    _rows,
+    _selection,
     _stranger,
     evaluate,
     interval,
+    subject_of,
 )
 from personalization.gate import GatePolicy
 from personalization.history import Turn, dump
-from personalization.prompt import Renderer
+from personalization.prompt import Example, Renderer
 from personalization.refresh import RefreshPolicy
 from personalization.train import Recipe
 from service.evaluation import _scale, page, served, table
@@ -200,3 +207,35 @@ def test_a_stranger_is_someone_else_who_begins_from_the_same(people: int) -> Non
     strangers = [_stranger(place, people) for place in range(people)]
     assert sorted(strangers) == list(range(people))
     assert all(other != place and other % 2 == place % 2 for place, other in enumerate(strangers))
+
+
+def test_a_message_is_picked_behind_the_replies_that_came_before_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody else said is not learned, but it is what the message answers."""
+    shown: list[tuple[list[Turn], Turn]] = []
+
+    def note(before: Sequence[Turn], turn: Turn, *rest: Any) -> list[Example]:
+        shown.append((list(before), turn))
+        return _rows(before, turn, *rest)
+
+    monkeypatch.setattr("personalization.evaluate._rows", note)
+    answered = {
+        user: [dataclasses.replace(t, author="model" if t.role == "assistant" else "person") for t in turns]
+        for user, turns in histories().items()
+    }
+    subjects = [subject for user in PEOPLE if (subject := subject_of(user, answered[user], bench))]
+    shown.clear()
+    assert _selection(bench, subjects, [None] * len(subjects), EXTENT)["asked"] == 8
+    assert len(shown) == 80
+    for before, turn in shown:
+        user, number = turn.id.split("-")[:2]
+        assert before[-1].id == f"{user}-{int(number) - 1}"
+
+
+@pytest.mark.parametrize(
+    ("values", "picked"),
+    [([0.9, 2.0, 1.0], True), ([0.9, 0.5, 1.0], False), ([1.0, 1.0, 2.0], False), ([math.nan, 2.0], False)],
+)
+def test_what_is_not_below_all_others_was_not_picked(values: list[float], picked: bool) -> None:
+    assert _first_is_lowest(values) is picked
