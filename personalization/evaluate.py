@@ -164,9 +164,10 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
             "population adapter + context": _means(bench, population, [s.test for s in subjects]),
             "swapped adapter + context": _means(bench, swapped, [s.test for s in subjects]),
         }
-    losses[JUDGED] = _means(bench, gated.judged, [s.test for s in subjects])
-    losses[PUBLISHED] = _means(bench, gated.published, [s.test for s in subjects])
     context, together = losses["context"], losses["adapter + context"]
+    test = [subject.test for subject in subjects]
+    losses[JUDGED] = _means_behind_gate(bench, gated.judged, test, context)
+    losses[PUBLISHED] = _means_behind_gate(bench, gated.published, test, context)
     numbers: dict[str, Any] = {
         "people": len(subjects),
         "left_out": left_out,
@@ -354,6 +355,19 @@ def _means(bench: Bench, adapters: Adapters, rows: Sequence[Sequence[Example]]) 
     return [_mean(losses) for losses in found]
 
 
+def _means_behind_gate(
+    bench: Bench, passed: Adapters, rows: Sequence[Sequence[Example]], context: Sequence[float]
+) -> list[float]:
+    """`_means` of what passed the gate. Who was refused has context alone, and that very number: computed
+    again, in other company, it may be off by rounding, and they would count as made worse."""
+    found = list(context)
+    accepted = [at for at, weights in enumerate(passed) if weights is not None]
+    means = _means(bench, [passed[at] for at in accepted], [rows[at] for at in accepted])
+    for at, mean in zip(accepted, means, strict=True):
+        found[at] = mean
+    return found
+
+
 def _mean(losses: Sequence[Tensor]) -> float:
     count = sum(len(row) for row in losses)
     return sum(float(row.double().sum()) for row in losses) / count
@@ -459,7 +473,7 @@ def _from_population(
     test = [subject.test for subject in subjects]
     together = _means(bench, own, test)
     gated = _gated(bench, gate, own, [None] * len(subjects), [s.lesson for s in subjects], extent)
-    after = _means(bench, gated.published, test)
+    after = _means_behind_gate(bench, gated.published, test, context)
     return {
         "own": _against(alone, together),
         "swapped": _against(alone, _means(bench, [own[at] for at in strangers], test)),

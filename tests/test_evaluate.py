@@ -239,3 +239,18 @@ def test_a_message_is_picked_behind_the_replies_that_came_before_it(
 )
 def test_what_is_not_below_all_others_was_not_picked(values: list[float], picked: bool) -> None:
     assert _first_is_lowest(values) is picked
+
+
+def test_nobody_who_was_refused_is_made_worse_by_rounding(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters beside each other take so much room that a row has other company than it had without them."""
+    monkeypatch.setattr("personalization.score._LAID_OUT_BYTES", 300_000)
+    strict = dataclasses.replace(POLICY.gate, min_gain=2.1, strengths=(1.0,))
+    halved = dataclasses.replace(bench, policy=dataclasses.replace(POLICY, gate=strict))
+    people = {f"p{number}": talk(f"p{number}", 60 + 3 * number) for number in range(9)}
+    only_loss = Extent(selection_turns=0, curve=(), refreshes=0, from_population=False, stacks=())
+    harm = evaluate(people, halved, only_loss).numbers["harm"]["everyone"]
+    assert 0 < harm["people"]["accepted"] < 9
+    assert harm["after"]["worse"] == 0
+    assert harm["after"]["worst_decile"] == 0
