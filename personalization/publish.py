@@ -136,7 +136,7 @@ async def publish(
             raise HistoryForgotten(user)
         raise Superseded(before.version)
     try:
-        # After the pointer, so that whoever lost leaves no record; `tidy` makes up for a crash right here.
+        # After the pointer, so that who lost leaves no record; `recorded_versions` makes up for a crash here.
         await store.add_version(user, _record(version, meta), epoch=before.epoch)
     except HistoryForgotten:
         await asyncio.to_thread(_take_away, folder)
@@ -198,15 +198,14 @@ def remove_versions(root: Path, adapter_id: str) -> Removed:
 
 async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
     """Remove what crashes left under the adapter root: folders being written, versions without a record,
-    people who are gone. Gives a version that answers, if only on trial, its record back from attune.json if a
-    crash came between. Returns how many folders were removed."""
+    people who are gone. Lost records come back (`recorded_versions`). Returns how many folders went."""
     if not shelf.root.is_dir():
         return 0
     before = (time.time() if now is None else now) - LEFTOVER_AFTER_S
     users = {store.adapter_id(user): user async for user in store.users()}
     removed = 0
     for person in sorted(path for path in shelf.root.iterdir() if path.is_dir()):
-        known = await _known_versions(store, users.get(person.name), person)
+        known = await _known_versions(shelf, store, users.get(person.name))
         for folder in [*person.iterdir(), person]:
             keep = any(person.iterdir()) if folder == person else folder.name in known
             if not keep and _changed_at(folder) < before:
@@ -215,18 +214,28 @@ async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
     return removed
 
 
-async def _known_versions(store: Store, user: str | None, person: Path) -> set[str]:
-    if user is None:
-        return set()
-    records = {record.version for record in await store.versions(user)}
-    pointer = await store.pointer(user)
+async def recorded_versions(shelf: Shelf, store: Store, user: str, pointer: Pointer) -> list[VersionRecord]:
+    """The person's versions, oldest first. One that answers, if only on trial, gets its record back from
+    attune.json if a crash, or a store that went away, came between the two: without it nobody could tell
+    what it has learned."""
+    found = await store.versions(user)
     answering = {pointer.version} | ({pointer.trial.version} if pointer.trial else set())
-    for version in answering - records - {0}:
-        meta_file = person / str(version) / META_FILE
+    for version in answering - {record.version for record in found} - {0}:
+        meta_file = version_folder(shelf.root, store.adapter_id(user), version) / META_FILE
         if meta_file.is_file():
             meta = json.loads(meta_file.read_text(encoding="utf-8"))
             await store.add_version(user, _record(version, meta), epoch=pointer.epoch)
-    return {str(version) for version in records | answering}
+            found = await store.versions(user)
+    return found
+
+
+async def _known_versions(shelf: Shelf, store: Store, user: str | None) -> set[str]:
+    if user is None:
+        return set()
+    pointer = await store.pointer(user)
+    answering = {pointer.version} | ({pointer.trial.version} if pointer.trial else set())
+    known = {record.version for record in await recorded_versions(shelf, store, user, pointer)}
+    return {str(version) for version in known | answering}
 
 
 def _changed_at(path: Path) -> float:
@@ -305,5 +314,5 @@ def _sync(path: Path) -> None:
 
 __all__: Sequence[str] = [
     "AdapterError", "DiskFull", "Origin", "PublishError", "Removed", "Shelf", "Superseded", "UnknownVersion",
-    "import_adapter", "note_refusal", "publish", "remove_versions", "rollback", "tidy",
+    "import_adapter", "note_refusal", "publish", "recorded_versions", "remove_versions", "rollback", "tidy",
 ]  # fmt: skip

@@ -35,6 +35,7 @@ from personalization.publish import (
     UnknownVersion,
     note_refusal,
     publish,
+    recorded_versions,
     rollback,
 )
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
@@ -210,7 +211,7 @@ async def _prepare(user: str, kit: Kit, anew: bool) -> _Prepared | Outcome:
     """What there is to learn for one person, or why nothing is learned now."""
     pointer = await kit.store.pointer(user)
     turns = await kit.store.turns(user)
-    records = await kit.store.versions(user)
+    records = await recorded_versions(kit.shelf, kit.store, user, pointer)
     learnable = {turn.id for turn in turns if learned(turn)}
     instead = lineage.start(records, learnable, pointer.version)
     start = 0 if anew else instead

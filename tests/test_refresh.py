@@ -23,7 +23,7 @@ from personalization.prompt import Example, Renderer
 from personalization.publish import Shelf
 from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
 from personalization.score import token_losses
-from personalization.store import Store, VersionRecord, connect
+from personalization.store import Store, StoreUnavailable, VersionRecord, connect
 from personalization.train import Recipe
 from personalization.trainer import Judged, Judging, Progress, Task, Trainer, TrainerDied, TrainerSettings
 from tests.redis_fixture import SECRET
@@ -311,6 +311,33 @@ async def test_after_a_learned_turn_is_taken_out_the_next_version_starts_where_i
     newest = (await store.versions("ann"))[-1]
     assert (newest.version, newest.parent, newest.accepted) == (4, 0, True)
     assert marks(await store.versions("ann"), await store.learned_ids("ann")).keys() >= {1, 2}
+
+
+@on_one_loop
+async def test_a_version_whose_record_was_lost_is_known_to_have_learned_what_it_did(
+    kit: Kit, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """Redis goes away between the pointer and the record; the worker stays, and tries again."""
+
+    async def gone(*_args: object, **_more: object) -> None:
+        raise StoreUnavailable("away")
+
+    await store.append("ann", talk("ann", 40))
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "add_version", gone)
+        ended, _ = await run(["ann"], kit)
+    assert isinstance(ended["ann"].error, StoreUnavailable)
+    assert (await store.pointer("ann")).version == 1
+    assert await store.versions("ann") == []
+    ended, _ = await run(["ann"], kit)
+    assert ended["ann"].reason == "nothing new to learn since version 1"
+    await store.remove_turn("ann", "ann-3")
+    await store.append("ann", talk("ann", 20, first=40))
+    await run(["ann"], kit)
+    first, second = await store.versions("ann")
+    assert "ann-3" in first.turn_ids
+    assert "ann-3" not in second.turn_ids
+    assert (first.version, second.version, second.parent) == (1, 2, 0)
 
 
 @on_one_loop
