@@ -22,10 +22,12 @@ def seen(records: Sequence[VersionRecord], version: int) -> frozenset[str]:
 
 def marks(records: Sequence[VersionRecord], learnable: Collection[str]) -> dict[int, frozenset[str]]:
     """The marked ones among the published versions, each with the turns it has seen that are not in
-    `learnable`."""
+    `learnable`. Reads each record once: a person of a year has hundreds, each carried on from the last."""
     may = frozenset(learnable)
-    found = {record.version: seen(records, record.version) - may for record in records if record.accepted}
-    return {version: gone for version, gone in found.items() if gone}
+    gone: dict[int, frozenset[str]] = {}
+    for record in sorted(records, key=lambda record: record.version):  # a parent is older
+        gone[record.version] = frozenset(record.turn_ids) - may | gone.get(record.parent, frozenset())
+    return {each.version: gone[each.version] for each in records if each.accepted and gone[each.version]}
 
 
 def start(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> int:

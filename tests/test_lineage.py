@@ -1,3 +1,4 @@
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from hypothesis import given
@@ -50,16 +51,44 @@ def test_a_version_learned_anew_from_the_base_is_clean_of_what_others_saw():
     assert start(records, "bcdef", 5) == 5
 
 
+def test_what_is_marked_is_found_by_reading_each_record_once():
+    reads: list[int] = []
+
+    class Noted(tuple[str, ...]):
+        def __iter__(self) -> Iterator[str]:
+            reads.append(len(self))
+            return super().__iter__()
+
+    long = [VersionRecord(v, v - 1, NOW, True, "", {}, 1, Noted([f"t{v}", "kept"])) for v in range(1, 201)]
+    found = marks(long, {"kept", *(f"t{v}" for v in range(1, 200))})
+    assert found == {200: {"t200"}}
+    assert len(reads) == 200
+
+
+DRAWN = st.lists(st.tuples(st.integers(0, 5), st.sets(st.sampled_from("abcdef")), st.booleans()), max_size=6)
+
+
+def made(drawn: Sequence[tuple[int, set[str], bool]]) -> list[VersionRecord]:
+    return [
+        record(number, min(parent, number - 1), "".join(turns), accepted=accepted)
+        for number, (parent, turns, accepted) in enumerate(drawn, start=1)
+    ]
+
+
+@given(DRAWN, st.sets(st.sampled_from("abcdef")))
+def test_marked_is_what_has_seen_a_turn_that_may_not_be_learned(drawn, learnable):
+    records = made(drawn)
+    expected = {each.version: seen(records, each.version) - learnable for each in records if each.accepted}
+    assert marks(records, learnable) == {version: gone for version, gone in expected.items() if gone}
+
+
 @given(
-    st.lists(st.tuples(st.integers(0, 5), st.sets(st.sampled_from("abcdef")), st.booleans()), max_size=6),
+    DRAWN,
     st.sets(st.sampled_from("abcdef")),
     st.integers(0, 6),
 )
 def test_the_start_has_never_seen_a_turn_that_may_not_be_learned(drawn, learnable, serving):
-    records = [
-        record(number, min(parent, number - 1), "".join(turns), accepted=accepted)
-        for number, (parent, turns, accepted) in enumerate(drawn, start=1)
-    ]
+    records = made(drawn)
     published = {each.version for each in records if each.accepted} | {0}
     serving = max(version for version in published if version <= serving)
     begin = start(records, learnable, serving)
