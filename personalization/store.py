@@ -16,6 +16,7 @@ The errors are StoreUnavailable and its siblings in `store_records.py`.
 import asyncio
 import hashlib
 import hmac
+import itertools
 import json
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -76,7 +77,7 @@ __all__ = [
 ]
 
 APPEND_BATCH = 1_000  # turns in one Lua call, some 10 ms of the server's time
-READ_BATCH = 1_000
+READ_BATCH = 1_000  # turns, or ids, in one answer
 TITLE_CHARS = 80
 MAX_RESPONSE_EVENTS = 20_000
 PROGRESS_KEPT_MS = 7 * 24 * 3600 * 1000
@@ -141,7 +142,7 @@ class Store:
 
     async def turns(self, user: str) -> list[Turn]:
         """The whole history, oldest first."""
-        return await self._read_turns(user, self._redis.zrange(self._key(user, "order"), 0, -1))
+        return await self._all_turns(user, "order")
 
     async def recent(self, user: str, limit: int) -> list[Turn]:
         """The newest `limit` turns, oldest first."""
@@ -155,8 +156,7 @@ class Store:
 
     async def conversation(self, user: str, conversation_id: str) -> list[Turn]:
         """One conversation, oldest first; empty if there is none of that name."""
-        key = self._key(user, lua.CONVERSATION_PART + conversation_id)
-        return await self._read_turns(user, self._redis.zrange(key, 0, -1))
+        return await self._all_turns(user, lua.CONVERSATION_PART + conversation_id)
 
     async def turn(self, user: str, turn_id: str) -> Turn:
         """Raises UnknownTurn."""
@@ -222,8 +222,13 @@ class Store:
 
     async def learned_ids(self, user: str) -> set[str]:
         """The ids of the turns to learn from."""
-        ids = await self._ask(self._redis.smembers(self._key(user, "learned")))
-        return {turn_id.decode() for turn_id in ids}
+        cursor, ids = 0, set[str]()
+        while True:
+            asked = self._redis.sscan(self._key(user, "learned"), cursor, count=READ_BATCH)
+            cursor, page = await self._ask(asked)
+            ids.update(turn_id.decode() for turn_id in page)
+            if cursor == 0:
+                return ids
 
     async def learned_since_refresh(self, user: str) -> int:
         """How many of them no refresh has seen."""
@@ -265,7 +270,10 @@ class Store:
 
     async def mark_refreshed(self, user: str, turn_ids: Iterable[str], *, epoch: int | None = None) -> None:
         """A refresh has seen these turns, whether the gate then accepted its result or not."""
-        await self._fenced(lua.MARK_REFRESHED, user, _or_empty(epoch), *turn_ids)
+        ids = list(turn_ids)
+        for start in range(0, max(1, len(ids)), APPEND_BATCH):
+            batch = ids[start : start + APPEND_BATCH]
+            await self._fenced(lua.MARK_REFRESHED, user, _or_empty(epoch), *batch)
 
     async def users(self) -> AsyncIterator[str]:
         """Everyone with turns or versions, in no order; people who come meanwhile may be missed."""
@@ -602,6 +610,21 @@ class Store:
             self._redis.hmget(_response_key(response_id), ["user", "state", "body"])
         )
         return None if user is None else ResponseRecord(response_id, user.decode(), state.decode(), body)
+
+    async def _all_turns(self, user: str, part: str) -> list[Turn]:
+        """The turns of a sorted set, some at a time: a long history in one answer would outlast the deadline
+        and hold up everyone. One that comes in meanwhile may move another behind the place that was read, so
+        that it comes twice."""
+        turns: dict[str, Turn] = {}
+        for first in itertools.count(0, READ_BATCH):
+            members = await self._ask(
+                self._redis.zrange(self._key(user, part), first, first + READ_BATCH - 1)
+            )
+            found = await self._join_turns(user, [_member_id(member) for member in members])
+            turns.update((turn.id, turn) for turn in found)
+            if len(members) < READ_BATCH:
+                break
+        return list(turns.values())
 
     async def _read_turns(self, user: str, members: Any) -> list[Turn]:
         return await self._join_turns(user, [_member_id(member) for member in await self._ask(members)])

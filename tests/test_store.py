@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -181,6 +182,44 @@ async def test_a_removed_turn_stays_in_the_conversation_and_is_never_learned(sto
     await store.rate("ann", "b", "up")
     assert [(each.id, each.removed) for each in await store.turns("ann")] == [("a", True), ("b", True)]
     assert await store.learned_count("ann") == 0
+
+
+async def test_a_long_history_comes_and_goes_in_parts_that_hold_nobody_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [turn(f"t{number}", number) for number in range(2_500)]
+    await store.append("ann", said)
+    sizes: list[int] = []
+    execute = store._redis.execute_command
+
+    async def note(*command: Any, **options: Any) -> Any:
+        answer = await execute(*command, **options)
+        parts = [command, answer, *(answer if isinstance(answer, tuple | list) else ())]
+        sizes.extend(len(part) for part in parts if isinstance(part, tuple | list | set))
+        return answer
+
+    monkeypatch.setattr(store._redis, "execute_command", note)
+    names = ids(said)
+    assert await store.turns("ann") == await store.conversation("ann", "c") == said
+    assert await store.learned_ids("ann") == set(names)
+    await store.mark_refreshed("ann", names)
+    assert await store.learned_since_refresh("ann") == 0
+    assert max(sizes) < 1_200
+
+
+async def test_what_is_put_in_while_a_history_is_read_doubles_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personalization.store.READ_BATCH", 3)
+    await store.append("ann", [turn(f"t{number}", number) for number in range(1, 9)])
+    join = store._join_turns
+
+    async def put_in(user: str, names: Sequence[bytes]) -> list[Turn]:
+        await store.append("ann", [turn("early", 0)])
+        return await join(user, names)
+
+    monkeypatch.setattr(store, "_join_turns", put_in)
+    assert ids(await store.turns("ann")) == [f"t{number}" for number in range(1, 9)]
 
 
 # What a refresh has seen
