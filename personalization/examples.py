@@ -50,9 +50,11 @@ class HeldOut:
     gate: tuple[str, ...]
 
 
-def hold_out(turns: Sequence[Turn], gate_fraction: float, known: Collection[str] = ()) -> HeldOut:
+def hold_out(
+    turns: Sequence[Turn], gate_fraction: float, known: Collection[str] = (), *, most: int | None = None
+) -> HeldOut:
     """Where the gate's part begins: it has the newest `gate_fraction` of the learned turns (one at least, if
-    there are two), without those that repeat the words of a trained turn.
+    there are two; at most `most`), without those that repeat the words of a trained turn.
 
     `known`: the ids that the version to go on from has learned; nobody can be judged by these, so the newest
     of the others are held out then, and at most half of them."""
@@ -61,8 +63,10 @@ def hold_out(turns: Sequence[Turn], gate_fraction: float, known: Collection[str]
     said = effective(sorted(turns, key=lambda turn: turn.at))
     lessons = [place for place, turn in enumerate(said) if learned(turn)]
     fresh = [place for place in lessons if said[place].id not in known]
-    most = len(fresh) // 2 if len(fresh) < len(lessons) else len(lessons) - 1
-    held_out = min(math.ceil(len(lessons) * gate_fraction), most) if lessons else 0
+    room = len(fresh) // 2 if len(fresh) < len(lessons) else len(lessons) - 1
+    if most is not None:
+        room = min(room, most)
+    held_out = min(math.ceil(len(lessons) * gate_fraction), room) if lessons else 0
     cut = fresh[len(fresh) - held_out] if held_out else len(said)
     train = [said[place] for place in lessons if place < cut]
     words_known = {words(turn) for turn in train}

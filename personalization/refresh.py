@@ -60,7 +60,8 @@ class RefreshPolicy:
     gate_fraction   of the newest turns, held out for the gate
     gate_tokens     most tokens of a gate row: what serving would show before the turns that are judged
     row_tokens      most tokens of a training row: whole conversations, as an adapter adds to their context
-    most_turns      the newest turns that are trained on; further back a history pays less than it costs
+    most_turns      the newest turns that are trained on, and the most that are held out: further back a
+                    history pays less than it costs
     trial_share     of the replies, that a new version answers on trial at first; 0: all of them at once
     replay          tokens of older turns trained with each token of new ones, when a version is carried on
     recipe          as `benchmarks/sweep_learning.py` chose it. Rows and steps of 1024 tokens gain as much as
@@ -353,7 +354,8 @@ def choose(
     saw, and for each token of those `replay` tokens of rows of the older ones, drawn at random. A turn that
     the person took out is in no row, not even as context. Pure."""
     seen = lineage.seen(records, start)
-    held = hold_out(turns, policy.gate_fraction, _known(turns, records, start, policy))
+    known = _known(turns, records, start, policy)
+    held = hold_out(turns, policy.gate_fraction, known, most=policy.most_turns)
     judged = set(held.gate)
     gate = serving_rows(
         held.said[: held.cut],

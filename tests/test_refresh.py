@@ -602,6 +602,17 @@ def test_what_the_first_version_left_out_as_too_far_back_is_not_new_to_the_next(
     assert lesson.all_turns == tuple(ids)
 
 
+def test_a_very_long_history_costs_no_more_than_a_long_one(renderer: Renderer):
+    """What judges is scored, and then learned: a tenth of an imported archive would be more than all else."""
+    turns = talk("ann", 200)
+    few = dataclasses.replace(POLICY, most_turns=12)
+    lesson = choose(turns, [], 0, renderer, few)
+    assert lesson.newest_turns == tuple(turn.id for turn in turns[188:])
+    assert lesson.trained_turns == tuple(turn.id for turn in turns[176:188])
+    assert learned_turns(lesson.newest) == learned_turns(lesson.train) == 12
+    assert lesson.all_turns == tuple(turn.id for turn in turns)
+
+
 @on_one_loop
 async def test_a_long_history_waits_for_new_turns_too(kit: Kit, store: Store):
     few = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, most_turns=30))
