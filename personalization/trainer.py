@@ -37,6 +37,7 @@ from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, Trained, best_
 _PR_SET_PDEATHSIG = 1
 _MAX_FRAME = 1 << 31
 _PROGRESS_EVERY_S = 0.25
+_ALIVE_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.5
 # glibc's malloc parameters. By default each large tensor is mapped and unmapped anew, and the kernel clears
 # its pages each time.
@@ -180,7 +181,8 @@ class Trainer:
             await process.stdin.drain()
             await self.base_hash()
             while (message := await self._receive(process))["kind"] != "done":
-                yield _unpack_event(message)
+                if message["kind"] != "alive":
+                    yield _unpack_event(message)
             finished = True
         except (BrokenPipeError, ConnectionResetError) as error:
             raise TrainerDied(str(error) or type(error).__name__) from error
@@ -300,6 +302,20 @@ def _base(settings: dict[str, Any], folder: Path, device: str, dtype: torch.dtyp
     return base
 
 
+def _alive(send: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+    """A hook for the model: each pass tells, now and then, that the process is not hung. To judge many long
+    turns, and to learn them after the verdict, may take longer than one who says nothing is waited for."""
+    next_word = 0.0
+
+    def say(*_: object) -> None:
+        nonlocal next_word
+        if (now := time.monotonic()) >= next_word:
+            next_word = now + _ALIVE_EVERY_S
+            send({"kind": "alive"})
+
+    return say
+
+
 def _end_with(lender: Borrowed) -> None:
     """The next engine has weights of its own, and these must not be used any more."""
     while lender.is_there:
@@ -319,6 +335,7 @@ def _run_batch(
         at_once = people_at_once(model.config, recipe, at_once)
     learners = _learners(model, map(_unpack_task, request["tasks"]), send)
     people = [learner.person() for learner in learners]
+    passes = model.decoder.register_forward_hook(_alive(send))  # an error ends the process, and the hook
     for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=_progress(send)):
         mine, trained = [learners[index] for index in stack], list(stack.values())
         send({"kind": "judging", "ids": [learner.task.id for learner in mine]})
@@ -344,6 +361,7 @@ def _run_batch(
                 finished=finished[place] is not None,
             )
             send(_pack_judged(judged))
+    passes.remove()
 
 
 @dataclass(frozen=True, slots=True)

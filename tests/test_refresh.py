@@ -16,7 +16,7 @@ import torch
 
 from engine.adapter_files import read_adapter
 from engine.weights import load_model, read_config
-from personalization.gate import GatePolicy
+from personalization.gate import Gate, GatePolicy
 from personalization.history import learned
 from personalization.lineage import marks
 from personalization.prompt import Example, Renderer
@@ -25,7 +25,18 @@ from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
 from personalization.score import token_losses
 from personalization.store import Store, StoreUnavailable, VersionRecord, connect
 from personalization.train import Recipe
-from personalization.trainer import Judged, Judging, Progress, Task, Trainer, TrainerDied, TrainerSettings
+from personalization.trainer import (
+    Judged,
+    Judging,
+    Progress,
+    Task,
+    Trainer,
+    TrainerDied,
+    TrainerSettings,
+    _Base,
+    _pack_task,
+    _run_batch,
+)
 from tests.redis_fixture import SECRET
 from tests.small_model import save_small_model, talk
 
@@ -469,6 +480,25 @@ async def test_a_process_killed_in_the_middle_of_a_batch_is_said(trainer: Traine
         async for _ in batch:
             pass
     assert trainer.pid is None
+
+
+def test_who_judges_long_or_learns_long_after_the_verdict_is_heard_of(
+    folder: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+):
+    """Who is not heard of for long counts as hung."""
+    monkeypatch.setattr("personalization.trainer._ALIVE_EVERY_S", 0.0, raising=False)
+    lesson = choose(talk("ann", 60), [], 0, renderer, POLICY)
+    task = Task("aa", lesson.train, lesson.gate, None, 1, newest=lesson.newest)
+    parts = {"recipe": POLICY.recipe, "policy": POLICY.gate, "finish": POLICY.finish}
+    request = {"tasks": [_pack_task(task)], "people_at_once": 1}
+    request |= {name: dataclasses.asdict(part) for name, part in parts.items()}
+    model, told = load_model(folder), list[dict[str, Any]]()
+    _run_batch(_Base(model), Gate(model, lesson.gate), request, told.append)
+    kinds = [message["kind"] for message in told]
+    heard = kinds[kinds.index("judging") : kinds.index("judged")].count("alive")
+    passes = 6  # at least: before and after, the drift, and the steps that learn what judged
+    assert heard >= passes
+    assert not model.decoder._forward_hooks
 
 
 @on_one_loop
