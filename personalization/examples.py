@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from personalization.history import Turn, effective, learned
+from personalization.history import Turn, effective, learned, served_turns
 from personalization.prompt import Example, Renderer
 
 
@@ -18,7 +18,7 @@ def training_rows(turns: Sequence[Turn], renderer: Renderer, window_tokens: int)
     """Windows of whole turns, at most `window_tokens` tokens each, oldest first. A window ends with its last
     turn to learn, and one without any is no row. A turn longer than a window is a row of its own, cut at its
     end."""
-    said = effective(sorted(turns, key=lambda turn: turn.at))
+    said = _shown(sorted(turns, key=lambda turn: turn.at))
     costs = [renderer.cost(turn) for turn in said]
     room = window_tokens - renderer.frame_cost
     rows: list[Example] = []
@@ -60,7 +60,7 @@ def hold_out(
     of the others are held out then, and at most half of them."""
     if not 0.0 <= gate_fraction < 1.0:
         raise ValueError(f"gate_fraction: expected 0 to below 1, got {gate_fraction}")
-    said = effective(sorted(turns, key=lambda turn: turn.at))
+    said = _shown(sorted(turns, key=lambda turn: turn.at))
     lessons = [place for place, turn in enumerate(said) if learned(turn)]
     fresh = [place for place in lessons if said[place].id not in known]
     room = len(fresh) // 2 if len(fresh) < len(lessons) else len(lessons) - 1
@@ -113,7 +113,7 @@ def serving_rows(
     stays where it is between two jumps, so the turns between them share one row: at most `most_tokens` (None:
     context_length), cut at its end."""
     context = min(most_tokens or renderer.context_length, renderer.context_length)
-    said = effective([*before, *judged])
+    said = _shown([*before, *judged])
     wanted = {turn.id for turn in effective(list(judged)) if learn(turn)}
     budget = max(1, context - min(reply_tokens, context // 4) - renderer.frame_cost)
     starts = [0, *renderer.window_starts(said, budget)]  # starts[n]: of the window over said[:n]
@@ -126,6 +126,14 @@ def serving_rows(
         if any(row.learn_mask[1:]):
             rows.append(row)
     return rows
+
+
+def _shown(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns as they should have been and as serving shows them: without replies that were asked for
+    again, except one to learn from, as it was rated up."""
+    said = effective(turns)
+    served = {turn.id for turn in served_turns(said)}
+    return [turn for turn in said if turn.id in served or learned(turn)]
 
 
 def _among(ids: set[str]) -> Callable[[Turn], bool]:

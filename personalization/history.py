@@ -109,6 +109,21 @@ def effective(turns: Sequence[Turn]) -> list[Turn]:
     return said
 
 
+def served_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without replies that were asked for again: of our replies in a row, the last one counts."""
+    return [
+        turn
+        for turn, after in zip(turns, [*turns[1:], None], strict=False)
+        if not (
+            _ours(turn) and after is not None and _ours(after) and after.conversation == turn.conversation
+        )
+    ]
+
+
+def _ours(turn: Turn) -> bool:
+    return turn.author == "model" and turn.version is not None
+
+
 @dataclass(frozen=True, slots=True)
 class LineError:
     """A line that was left out, counted from 1."""

@@ -19,7 +19,7 @@ from msgspec import UNSET
 
 from engine.client import EngineClient, EngineError, EngineLost
 from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingParams
-from personalization.history import InvalidTurn, Turn
+from personalization.history import InvalidTurn, Turn, served_turns
 from personalization.prompt import Prompt, PromptTooLong, Renderer
 from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable, UnknownTurn
 from personalization.trial import TrialPolicy, on_trial, settle
@@ -385,8 +385,8 @@ class Session:
         try:
             return await asyncio.to_thread(
                 self.renderer.prompt,
-                _settled(history),
-                _settled(current),
+                served_turns(history),
+                served_turns(current),
                 max_new_tokens=max_new_tokens,
                 instructions=said.instructions,
             )
@@ -479,21 +479,6 @@ def _with_message(
     if not turns:
         raise BadRequest("input: expected a message, or a conversation to reply to again", param="input")
     return turns, None
-
-
-def _settled(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns without replies that were asked for again: of our replies in a row, the last one counts."""
-    return [
-        turn
-        for turn, after in zip(turns, [*turns[1:], None], strict=False)
-        if not (
-            _ours(turn) and after is not None and _ours(after) and after.conversation == turn.conversation
-        )
-    ]
-
-
-def _ours(turn: Turn) -> bool:
-    return turn.author == "model" and turn.version is not None
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personalization.examples import cut_by_time, hold_out, serving_rows, training_rows
-from personalization.history import Turn, learned
+from personalization.history import Turn, learned, served_turns
 from personalization.prompt import Example, Renderer
 from tests.tiny_tokenizers import TEMPLATES, write_tokenizer
 
@@ -175,6 +175,24 @@ def test_a_held_out_turn_stands_behind_the_very_prompt_that_serving_would_give(
         expected = (*prompt.token_ids, *renderer._encode(reply.text))
         assert any(row.token_ids[: len(expected)] == expected for row in rows), reply.id
     assert len(rows) == 1 if context == 4096 else len(rows) > 1
+
+
+def test_replies_that_were_asked_for_again_are_nowhere_as_serving_does_not_show_them(
+    renderer: Renderer,
+) -> None:
+    again = [
+        turn(1, "assistant", version=1),
+        turn(2, "assistant", version=1),
+        turn(3, "assistant", version=2),
+    ]
+    history = [turn(0), *again, turn(4)]
+    served = renderer.prompt([], served_turns(history), max_new_tokens=16)
+    (judged,) = serving_rows(history[:4], history[4:], renderer)
+    (trained,) = training_rows(history, renderer, 512)
+    assert judged.token_ids == trained.token_ids == served.token_ids[: len(judged.token_ids)]
+    assert hold_out(history, 0.5).said == [turn(0), again[2], turn(4)]
+    liked = [turn(0), turn(1, "assistant", version=1, rating="up"), *again[1:], turn(4)]
+    assert taught(renderer, training_rows(liked, renderer, 512)) == words([turn(0), liked[1], turn(4)])
 
 
 def test_held_out_rows_are_cut_at_the_context_and_hold_only_what_was_asked_for(renderer: Renderer) -> None:
