@@ -120,7 +120,7 @@ async def publish(
 
     Raises DiskFull, AdapterError (the weights are not fit to be served), Superseded, HistoryForgotten.
     """
-    _check_room(shelf)
+    check_room(shelf)
     version = await store.next_version(user, epoch=before.epoch)
     folder = version_folder(shelf.root, store.adapter_id(user), version)
     meta = _meta(version, origin)
@@ -245,7 +245,8 @@ def _changed_at(path: Path) -> float:
         return float("inf")
 
 
-def _check_room(shelf: Shelf) -> None:
+def check_room(shelf: Shelf) -> None:
+    """Raises DiskFull."""
     shelf.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     free = shutil.disk_usage(shelf.root).free
     if free < shelf.free_bytes_floor:
@@ -314,5 +315,6 @@ def _sync(path: Path) -> None:
 
 __all__: Sequence[str] = [
     "AdapterError", "DiskFull", "Origin", "PublishError", "Removed", "Shelf", "Superseded", "UnknownVersion",
-    "import_adapter", "note_refusal", "publish", "recorded_versions", "remove_versions", "rollback", "tidy",
+    "check_room", "import_adapter", "note_refusal", "publish", "recorded_versions", "remove_versions",
+    "rollback", "tidy",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ from personalization.publish import (
     Shelf,
     Superseded,
     UnknownVersion,
+    check_room,
     note_refusal,
     publish,
     recorded_versions,
@@ -249,6 +250,7 @@ async def _prepare(user: str, kit: Kit, anew: bool) -> _Prepared | Outcome:
         if instead != pointer.version:
             return await _leave(user, pointer, instead, kit, reason)
         return Outcome(user, "failed", before=start, after=start, reason=reason, code="not_enough_turns")
+    check_room(kit.shelf)  # before the work, which would be done again at each attempt
     adapter_id = kit.store.adapter_id(user)
     population, shared = newest(kit.population)
     task = Task(

@@ -20,7 +20,7 @@ from personalization.gate import Gate, GatePolicy
 from personalization.history import learned
 from personalization.lineage import marks
 from personalization.prompt import Example, Renderer
-from personalization.publish import Shelf
+from personalization.publish import DiskFull, Shelf
 from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
 from personalization.score import token_losses
 from personalization.store import Store, StoreUnavailable, VersionRecord, connect
@@ -181,6 +181,17 @@ async def test_people_of_one_batch_end_each_in_their_own_way(kit: Kit, store: St
     assert isinstance(ended["bob"].error, OSError)
     assert (await store.pointer("bob")).version == 0
     assert await store.learned_since_refresh("bob") == 40
+
+
+@on_one_loop
+async def test_nothing_is_trained_where_there_is_no_room_for_a_version(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    idle = Trainer(kit.trainer._settings)
+    full = dataclasses.replace(kit.shelf, free_bytes_floor=1 << 62)
+    ended, _ = await run(["ann"], dataclasses.replace(kit, shelf=full, trainer=idle))
+    assert isinstance(ended["ann"].error, DiskFull)
+    assert idle.pid is None
+    assert await store.learned_since_refresh("ann") == 40
 
 
 @on_one_loop
