@@ -230,7 +230,12 @@ def _subjects(
 
 
 def subject_of(user: str, turns: Sequence[Turn], bench: Bench) -> Subject | None:
-    """One person's rows; None if there is too little to learn from, to judge by or to test on."""
+    """One person's rows; None if there is too little to learn from, to judge by or to test on. A turn that is
+    in the file twice, as in exports that overlap, counts once, as for the store."""
+    once: dict[str, Turn] = {}
+    for turn in turns:
+        once.setdefault(turn.id, turn)
+    turns = list(once.values())
     parts = cut_by_time(turns)
     before = [*parts.history, *parts.gate]
     if sum(map(learned, before)) < bench.policy.minimum_turns:

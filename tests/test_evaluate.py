@@ -29,7 +29,7 @@ from personalization.evaluate import (
     subject_of,
 )
 from personalization.gate import GatePolicy
-from personalization.history import Turn, dump
+from personalization.history import Turn, dump, parse
 from personalization.prompt import Example, Renderer
 from personalization.refresh import RefreshPolicy
 from personalization.train import Recipe
@@ -231,6 +231,13 @@ def test_a_message_is_picked_behind_the_replies_that_came_before_it(
     for before, turn in shown:
         user, number = turn.id.split("-")[:2]
         assert before[-1].id == f"{user}-{int(number) - 1}"
+
+
+def test_exports_that_overlap_are_one_history(bench: Bench) -> None:
+    turns = talk("ann", 80)
+    lines = [line.encode() for part in (turns[:60], turns[30:]) for line in dump("ann", part)]
+    whole, twice = (subject_of("ann", each, bench) for each in (turns, parse(lines).turns["ann"]))
+    assert whole == twice
 
 
 @pytest.mark.parametrize(
