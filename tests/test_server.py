@@ -468,6 +468,22 @@ async def test_an_engine_that_was_replaced_leaves_the_socket_to_its_successor(
 # Lost connections
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_connection_that_comes_in_as_the_engine_ends_is_closed(start: Start, turns: int) -> None:
+    running = await start()
+    with socket.socket(socket.AF_UNIX) as late:
+        late.setblocking(False)
+        late.connect(str(running.path))
+        late.send(HELLO)
+        for _ in range(turns):  # of the loop: accepted, made, greeted
+            await asyncio.sleep(0)
+        await running.stop()
+        with suppress(ConnectionError):
+            async with asyncio.timeout(60):
+                while await asyncio.get_running_loop().sock_recv(late, 1 << 16):
+                    pass
+
+
 async def test_replies_of_a_lost_gateway_are_cancelled_after_the_grace(start: Start) -> None:
     running = await start(disconnect_grace_s=0.02)
     client = await running.connect()
