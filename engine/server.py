@@ -74,6 +74,7 @@ class EngineServer:
         self._has_room = asyncio.Event()
         self._next_connection = 0
         self._tasks: set[asyncio.Task[None]] = set()  # one per connection
+        self._is_closed = False
         # Engine request id -> where its events go. A lost connection keeps its entries until they end.
         self._streams: dict[str, tuple[_Connection, int]] = {}
         self._orphans: dict[str, list[_Connection]] = {}  # by client: lost, with requests still running
@@ -107,6 +108,9 @@ class EngineServer:
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from its hello to its end; whatever it does wrong closes it alone."""
+        if self._is_closed:  # it came in as the server ended: nobody would do what it asks
+            writer.close()
+            return
         connection = _Connection(self._next_connection, writer, self._config.max_unsent_bytes)
         self._next_connection += 1
         task = asyncio.current_task()
@@ -128,6 +132,7 @@ class EngineServer:
                 await writer.wait_closed()  # for ever, if the peer neither reads nor goes
 
     async def close(self) -> None:
+        self._is_closed = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -84,7 +84,7 @@ class RedisServer:
         """As a crash would."""
         assert self._process is not None
         self._process.kill()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)
         self._process = None
 
     def stall(self) -> None:
@@ -101,7 +101,7 @@ class RedisServer:
             self.kill()
 
     def _wait_until_it_answers(self) -> None:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         at_once = Retry(NoBackoff(), 0)
         with BlockingRedis(unix_socket_path=str(self.socket), retry=at_once) as client:
             while True:

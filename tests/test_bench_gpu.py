@@ -157,7 +157,7 @@ def supervised(program: str, names: Sequence[str]) -> dict[str, Record]:
     def command(rows: Sequence[str], lines: Path) -> list[str]:
         return [sys.executable, "-c", program, str(lines), ",".join(rows)]
 
-    found = list(supervise(names, command, start_s=5.0, row_s=1.0))
+    found = list(supervise(names, command, start_s=60.0, row_s=5.0))
     assert [each["row"] for each in found] == list(names)
     return {each["row"]: each for each in found}
 

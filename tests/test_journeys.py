@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from service import demo_model
 from service.chat import TERMINAL, ChatClient
 from tests.running_service import PROCESSES, RunningService, running_service
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)  # only a hang takes so long, on whatever machine
 ONLY_WHAT_IS_ASKED = {"auto_refresh_after": "0", "nightly_hour": "none", "demo_users": "off"}
 AS_FAST_AS_IT_CAN = {"replies_per_minute": "100000"}  # who asks again at once reaches what a person may ask
 WORDS = (
@@ -146,7 +147,7 @@ def test_after_a_refresh_the_next_reply_says_its_version_and_one_that_streams_en
             try:
                 done = await asyncio.to_thread(service.json, "refresh", "pirate", "--wait")
                 assert done["refreshed"][0]["published"] is True, done
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     return await swapping
             finally:
                 over.set()
@@ -236,7 +237,7 @@ def test_forgetting_a_person_leaves_nothing_of_them(service: RunningService, tmp
     assert gone["log_rewritten"] is True
     assert len(before - {path.name for path in (service.data / "adapters").iterdir()}) == 1
 
-    deadline = time.monotonic() + 10  # Redis unlinks its old file a moment after the rewrite
+    deadline = time.monotonic() + 60  # Redis unlinks its old file a moment after the rewrite
     while left := grep(service.data, user, word, word.lower()):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
@@ -249,9 +250,10 @@ def grep(folder: Path, *words: str) -> list[str]:
     """Files under `folder` whose bytes or name hold one of the words."""
     left = [str(path) for path in folder.rglob("*") if any(word in path.name for word in words)]
     for path in folder.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            left += [f"{path}: {word}" for word in words if word.encode() in content]
+        with suppress(FileNotFoundError):  # unlinked this moment
+            if path.is_file():
+                content = path.read_bytes()
+                left += [f"{path}: {word}" for word in words if word.encode() in content]
     return left
 
 
@@ -296,7 +298,7 @@ def test_the_service_stops_cleanly_and_starts_again_with_everything(tmp_path: Pa
         pids = second.pids()
         second.supervisor.kill()
         second.supervisor.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while any(Path(f"/proc/{pid}").exists() and not zombie(pid) for pid in pids.values()):
             assert time.monotonic() < deadline, "children outlived their supervisor"
             time.sleep(0.05)

@@ -51,11 +51,15 @@ async def test_an_import_of_who_is_forgotten_meanwhile_leaves_nothing(
 
 
 async def test_a_refresh_is_followed_to_each_persons_end(store: Store) -> None:
+    asked = asyncio.Event()
+
     async def enqueue(user: str) -> dict[str, str]:
+        if user == "bob":
+            asked.set()
         return {"job_id": f"job-{user}"}
 
     async def work() -> None:
-        await asyncio.sleep(0.1)
+        await asked.wait()
         for user, end in (
             ("ada", {"state": "completed", "published": True, "from": 0, "to": 1}),
             ("bob", {"state": "failed", "code": "not_enough_turns", "message": "too few turns"}),
@@ -113,15 +117,19 @@ async def test_news_of_an_earlier_job_does_not_end_the_wait(store: Store) -> Non
 
 
 async def test_a_person_who_is_forgotten_meanwhile_is_not_waited_for(store: Store) -> None:
+    asked = asyncio.Event()
+
     async def enqueue(user: str) -> dict[str, str]:
+        if user == "bob":
+            asked.set()
         return {"job_id": f"job-{user}"}
 
     async def work() -> None:
-        await asyncio.sleep(0.1)
+        await asked.wait()
         await store.forget("ada")
         await store.publish_progress("bob", {"job_id": "job-bob", "state": "completed"})
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         working = asyncio.create_task(work())
         done = await operations.refresh(store, ["ada", "bob"], enqueue, wait=True, on_progress=silent)
         await working

@@ -88,7 +88,7 @@ async def test_a_replay_waits_for_room() -> None:
     assert not waiting.done()
     for _ in range(4):
         await outbox.get()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
 
 
 async def test_what_would_be_too_many_bytes_waits_until_it_is_not() -> None:
@@ -99,7 +99,7 @@ async def test_what_would_be_too_many_bytes_waits_until_it_is_not() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     await outbox.get()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
     outbox.put(delta(1, "z" * 1_500))
 
 
@@ -108,4 +108,4 @@ async def test_get_waits_for_the_next_event() -> None:
     waiting = asyncio.create_task(outbox.get())
     await asyncio.sleep(0)
     outbox.put(Pong(id=7))
-    assert await asyncio.wait_for(waiting, 1) == Pong(id=7)
+    assert await asyncio.wait_for(waiting, 30) == Pong(id=7)

@@ -563,7 +563,7 @@ async def test_the_process_dies_with_its_parent(folder: Path, tmp_path: Path):
     assert alive(pid)
     parent.kill()
     await parent.wait()
-    for _ in range(100):
+    for _ in range(1000):
         if not alive(pid):
             break
         await asyncio.sleep(0.05)

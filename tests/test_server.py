@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  (of another thread or task: nothing here to wait on)
             await asyncio.sleep(0.002)
 
@@ -81,7 +81,7 @@ class Running:
     task: asyncio.Task[None]
 
     async def connect(self, **options: Any) -> EngineClient:
-        return await EngineClient.connect(self.path, **{"timeout": 20, **options})
+        return await EngineClient.connect(self.path, **{"timeout": 60, **options})
 
     async def end_cleanly(self) -> None:
         await until(lambda: not self.engine.has_work)
@@ -125,7 +125,7 @@ def ask(id: str, length: int = 20, **changes: Any) -> Request:
 async def read(stream: Stream) -> tuple[list[int], FinishedEvent]:
     tokens = list(stream.request.generated)
     finished = None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         async for event in stream:
             assert finished is None
             assert event.request_id == stream.request.id
@@ -166,21 +166,25 @@ async def test_while_nobody_asks_steps_are_prepared_and_a_request_gets_in_betwee
 ) -> None:
     running = await start()
     threads: list[str] = []
+    answered, rests = threading.Event(), threading.Event()
 
     def prepare() -> bool:
         threads.append(threading.current_thread().name)
         time.sleep(0.01)
-        return len(threads) < 100
+        if answered.is_set():
+            rests.set()
+        return not answered.is_set()
 
     monkeypatch.setattr(running.engine, "prepare", prepare)
     client = await running.connect()
-    for number in range(2):
-        async for _ in await client.submit(Request(str(number), (1, 2, 3), GREEDY)):
-            pass
-        assert len(threads) < 100  # both were answered long before all was prepared
-    await until(lambda: len(threads) == 100)
+    for number in range(2):  # both are answered though there is always more to prepare
+        _, finished = await read(await client.submit(Request(str(number), (1, 2, 3), GREEDY)))
+        assert finished.reason == "length"
+    answered.set()
+    await until(rests.is_set)
+    prepared = len(threads)
     await asyncio.sleep(0.05)
-    assert len(threads) == 100  # and then it rests
+    assert len(threads) == prepared  # and then it rests
     assert all(name.startswith("step") for name in threads)
     await client.close()
     await running.end_cleanly()
@@ -271,7 +275,7 @@ async def test_the_socket_answers_while_the_engine_steps(start: Start) -> None:
 
     def slow_step() -> Any:
         inside.set()
-        assert proceed.wait(20)
+        assert proceed.wait(60)
         return step()
 
     running.engine.step = slow_step  # type: ignore[method-assign]
@@ -337,7 +341,7 @@ async def raw(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 
 async def last_words(reader: asyncio.StreamReader) -> wire.FromEngine:
     """The last message before the engine closes the connection."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         bodies = list(wire.FrameReader(1 << 20).feed(await reader.read(-1)))
     return wire.decode_from_engine(bodies[-1])
 
@@ -382,7 +386,7 @@ async def test_a_gateway_that_uses_a_number_twice_is_refused_and_others_go_on(
         reader, writer = await raw(running.path)
         writer.write(HELLO + 2 * wire.encode(wire.Submit(1, over)))
         frames, items = wire.FrameReader(1 << 20), list[wire.Tokens | wire.Finished]()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(items) < 2 and (data := await reader.read(1 << 16)):
                 for body in frames.feed(data):
                     message = wire.decode_from_engine(body)
@@ -457,11 +461,27 @@ async def test_an_engine_that_was_replaced_leaves_the_socket_to_its_successor(
 ) -> None:
     old, new = await start(), await start()
     await old.stop()
-    async with await new.connect(timeout=5) as client:
+    async with await new.connect() as client:
         assert (await read(await client.submit(ask("a"))))[0] == said(world, ask("a"))
 
 
 # Lost connections
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_connection_that_comes_in_as_the_engine_ends_is_closed(start: Start, turns: int) -> None:
+    running = await start()
+    with socket.socket(socket.AF_UNIX) as late:
+        late.setblocking(False)
+        late.connect(str(running.path))
+        late.send(HELLO)
+        for _ in range(turns):  # of the loop: accepted, made, greeted
+            await asyncio.sleep(0)
+        await running.stop()
+        with suppress(ConnectionError):
+            async with asyncio.timeout(60):
+                while await asyncio.get_running_loop().sock_recv(late, 1 << 16):
+                    pass
 
 
 async def test_replies_of_a_lost_gateway_are_cancelled_after_the_grace(start: Start) -> None:
@@ -530,11 +550,23 @@ async def test_an_error_of_the_engine_itself_ends_the_server(start: Start) -> No
 
 ENGINE = """
 import sys
+import time
 from pathlib import Path
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.server import run_engine
 
-model, adapters, path = map(Path, sys.argv[1:])
+model, adapters, path = map(Path, sys.argv[1:4])
+steps, step = int(sys.argv[4]), Engine.step
+
+def a_few(engine):
+    global steps
+    steps -= 1
+    if steps < 0:
+        time.sleep(3600)
+    return step(engine)
+
+Engine.step = a_few
 config = EngineConfig(arena_bytes=4 << 20, threads=1)
 run_engine(config, model, "tiny", adapters, path, lambda: print("ready", flush=True))
 print("bye", flush=True)
@@ -542,8 +574,12 @@ print("bye", flush=True)
 
 
 @asynccontextmanager
-async def process(world: World, path: Path) -> AsyncIterator[subprocess.Popen[str]]:
-    arguments = [sys.executable, "-c", ENGINE, str(world.model_folder), str(world.adapters), str(path)]
+async def process(
+    world: World, path: Path, *, steps: int = 1_000_000
+) -> AsyncIterator[subprocess.Popen[str]]:
+    """An engine that takes so many steps and then hangs."""
+    folders = str(world.model_folder), str(world.adapters)
+    arguments = [sys.executable, "-c", ENGINE, *folders, str(path), str(steps)]
     running = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
     try:
         yield running
@@ -559,8 +595,8 @@ async def test_a_killed_engine_is_survived_by_resubmitting_what_was_generated(
 ) -> None:
     path = tmp_path / "engine.sock"
     request = ask("a", 30, adapter=ADA, sampling=SamplingParams(seed=3, max_tokens=400, ignore_eos=True))
-    async with process(world, path) as first:
-        client = await EngineClient.connect(path, timeout=60)
+    async with process(world, path, steps=20) as first:  # else the reply may be over before the kill
+        client = await EngineClient.connect(path, timeout=120)
         old_pid = client.info.pid
         assert old_pid == first.pid
         stream = await client.submit(request)
@@ -577,7 +613,7 @@ async def test_a_killed_engine_is_survived_by_resubmitting_what_was_generated(
         whole, finished = await read(stream)
         assert client.info.pid != old_pid
         await client.close()
-    assert 5 <= len(tokens) < 400
+    assert 5 <= len(tokens) <= 20
     assert whole == said(world, request)
     assert finished.usage.completion_tokens == 400
 
@@ -591,9 +627,7 @@ async def test_the_engine_process_says_when_it_is_ready_and_ends_cleanly_on_sigt
         assert await asyncio.to_thread(running.stdout.readline) == "ready\n"
         async with await EngineClient.connect(path, reconnect=False) as client:
             await client.submit(ask("a", sampling=replace(GREEDY, max_tokens=1000)))
-            began = time.monotonic()
             running.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(running.wait, 20) == 0
-            assert time.monotonic() - began < 10
+            assert await asyncio.to_thread(running.wait, 60) == 0
         assert running.stdout.read() == "bye\n"
     assert not path.exists()

@@ -6,13 +6,15 @@ be. Its text depends on the adapter, the prompt and the seed alone."""
 import asyncio
 import json
 import string
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from openai import AsyncOpenAI
 from safetensors.torch import save_file
@@ -44,7 +46,7 @@ TEMPLATE = (
 )
 TOKEN_KEY = b"a key for signing tokens in tests"
 # Only what a test waits for is short: on a busy machine a reply of these tests takes some seconds.
-FAST = Patience(orphan=60.0, keep=1.0, lease=1.0, follow=0.02, ttl=60.0)
+FAST = Patience(orphan=60.0, keep=60.0, lease=1.0, follow=0.02, ttl=60.0)
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -174,6 +176,28 @@ class EngineProcess:
             self._task = None
 
 
+@contextmanager
+def engine_held(after: int = 20) -> Iterator[Callable[[], None]]:
+    """Engines of this process take so many steps and then none until what this gives is called: what a test
+    does meanwhile it does in the middle of a reply, however fast or slow the machine is. Let an engine go
+    before it is stopped; that waits for its step."""
+    step, left, going = Engine.step, after, threading.Event()
+
+    def held(engine: Engine) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            going.wait()
+        return step(engine)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Engine, "step", held)
+        try:
+            yield going.set
+        finally:
+            going.set()
+
+
 @dataclass
 class Calls:
     """What the gateway asked of the rooms that are not part of these tests."""
@@ -206,6 +230,12 @@ class Running:
 
     def headers(self, user: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.token(user)}"}
+
+    async def done_with(self, reply_id: str) -> None:
+        """Returns when nothing follows of a reply any more: after its last event come trial and refresh."""
+        task = self.gateway.replies._tasks.get(reply_id)
+        if task is not None:
+            await asyncio.wait({task})
 
     def client(self, user: str, **options: Any) -> AsyncOpenAI:
         """The official SDK, as anyone would use it."""
