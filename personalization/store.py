@@ -19,8 +19,8 @@ import hmac
 import itertools
 import json
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -562,11 +562,10 @@ class Store:
 
     async def _ask(self, call: Any) -> Any:
         """Await a call to Redis within the deadline; its failures by our names."""
-        task = asyncio.current_task()
-        cancels = task.cancelling() if task else 0
         try:
-            async with asyncio.timeout(self._deadline_s):
-                answer = await call
+            with _cancellable():
+                async with asyncio.timeout(self._deadline_s):
+                    return await call
         except (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError) as error:
             raise StoreUnavailable(str(error)) from error
         except TimeoutError as error:
@@ -575,11 +574,6 @@ class Store:
             if "MISCONF" in str(error) or "OOM" in str(error):  # disk or memory is full
                 raise StoreUnavailable(str(error)) from error
             raise
-        if task and task.cancelling() > cancels:
-            # The client waits with asyncio.wait_for, which in Python 3.11 drops a cancellation that arrives
-            # together with the result: a task that only ever talks to Redis would never end.
-            raise asyncio.CancelledError
-        return answer
 
     async def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         return await self._ask(self._redis.register_script(script)(keys=keys, args=arguments))
@@ -653,10 +647,25 @@ async def _subscribed(pubsub: PubSub) -> None:
         pass
 
 
+@contextmanager
+def _cancellable() -> Iterator[None]:
+    """A cancellation within ends the task for sure. The client waits with asyncio.wait_for, which in Python
+    3.11 drops one that arrives together with the result or an error: a task that only ever talks to Redis
+    would never end."""
+    task = asyncio.current_task()
+    cancels = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > cancels:
+            raise asyncio.CancelledError
+
+
 async def _listen(pubsub: PubSub) -> AsyncGenerator[dict[str, Any], None]:
     while True:
         try:
-            message = await pubsub.get_message(timeout=1.0)
+            with _cancellable():
+                message = await pubsub.get_message(timeout=1.0)
         except (RedisConnectionError, RedisTimeoutError):
             await asyncio.sleep(0.2)  # then it connects and subscribes anew
             continue

@@ -39,6 +39,8 @@ from personalization.when import When, due_tonight
 
 log = structlog.get_logger()
 
+NIGHT_S = 6 * 3600  # for everyone to be looked at: some milliseconds each
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
@@ -62,6 +64,7 @@ class WorkerSettings:
     gather_people: int = 64
     background_people: int = 8  # at first
     background_s: float = 20.0
+    background_after_s: float = 600.0
     sweep_s: int = 5
     idle_trainer_s: float = 600.0
     nightly_hour: int | None = 3
@@ -78,6 +81,7 @@ class WorkerSettings:
 class _Waiting:
     job: Job
     user: str
+    since: float  # by the monotonic clock
     ended: "asyncio.Future[Outcome]"
 
 
@@ -88,7 +92,8 @@ class Gatherer:
     for company costs the first one at most a tenth, where missing the batch would cost the second a whole
     one. Who asked is waiting for it, so those go first, and a batch of others is to take `background_s` at
     most, as who asks during it has to wait for its end: it is of `background_people` at first, then of as
-    many as the last one's pace allows, but never more than twice as many as before."""
+    many as the last one's pace allows, but never more than twice as many as before. Where somebody always
+    asks, the others have their turn once they have had none for `background_after_s`."""
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class Gatherer:
         people: int,
         background_people: int,
         background_s: float,
+        background_after_s: float,
         idle_trainer_s: float,
         say_every_s: float = 0.5,
     ) -> None:
@@ -106,6 +112,8 @@ class Gatherer:
         self._people = people
         self._background_people = background_people
         self._background_s = background_s
+        self._background_after_s = background_after_s
+        self._background_at = 0.0  # when those who did not ask last had their turn
         self._idle_trainer_s = idle_trainer_s
         self._say_every_s = say_every_s
         self._waiting: list[_Waiting] = []
@@ -114,7 +122,7 @@ class Gatherer:
 
     async def join(self, job: Job, user: str) -> Outcome:
         """Wait for a batch, and in it for this person's end. Raises what went wrong, if it may go better."""
-        waiting = _Waiting(job, user, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(job, user, time.monotonic(), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrived.set()
         return await waiting.ended
@@ -149,10 +157,18 @@ class Gatherer:
                 while len(self._waiting) < self._people and await self._arrival(moment):
                     pass
         waiting = [each for each in self._waiting if not each.ended.done()]
-        asked = [each for each in waiting if (each.job.kwargs or {}).get("reason") == "asked"]
-        batch = _one_each(asked)[: self._people] or _one_each(waiting)[: self._background_people]
+        batch = self._next_batch(waiting, time.monotonic())
         self._waiting = [each for each in waiting if each not in batch]
         return batch
+
+    def _next_batch(self, waiting: list[_Waiting], now: float) -> list[_Waiting]:
+        asked = [each for each in waiting if (each.job.kwargs or {}).get("reason") == "asked"]
+        others = [each for each in waiting if each not in asked]
+        in_vain = max(self._background_at, min((each.since for each in others), default=now))
+        if asked and now - in_vain < self._background_after_s:
+            return _one_each(asked)[: self._people]
+        self._background_at = now
+        return _one_each(others)[: self._background_people]
 
     async def _arrival(self, seconds: float | None) -> bool:
         """Whether anyone comes within that time."""
@@ -280,8 +296,14 @@ def _given_up(job: Job) -> dict[str, Any]:
 
 
 async def run_nightly(context: dict[str, Any]) -> int:
-    """The nightly job: ask for everyone for whom it pays, in groups that are spread over a while; those who
-    are expected to gain most come first. Trials that have lasted too long end."""
+    """The nightly job: `ask_tonight`."""
+    async with _beating(context["job"]):
+        return await ask_tonight(context)
+
+
+async def ask_tonight(context: dict[str, Any]) -> int:
+    """Ask for everyone for whom it pays, in groups that are spread over a while; those who are expected to
+    gain most come first. Trials that have lasted too long end. Returns how many were asked for."""
     settings: WorkerSettings = context["settings"]
     queue: RefreshQueue = context["queue"]
     store: Store = context["store"]
@@ -321,6 +343,7 @@ async def run_worker(settings: WorkerSettings) -> None:
         people=settings.gather_people,
         background_people=settings.background_people,
         background_s=settings.background_s,
+        background_after_s=settings.background_after_s,
         idle_trainer_s=settings.idle_trainer_s,
     )
     context = {
@@ -391,7 +414,9 @@ async def _kit(settings: WorkerSettings, store: Store) -> Kit:
 def _nightly(settings: WorkerSettings) -> list[CronJob[Any]]:
     if settings.nightly_hour is None:
         return []
-    return [CronJob(run_nightly, cron=f"0 {settings.nightly_hour} * * *", timeout=600, ttl=WEEK_S)]
+    cron = f"0 {settings.nightly_hour} * * *"
+    beat = JobPolicy().heartbeat
+    return [CronJob(run_nightly, cron=cron, timeout=NIGHT_S, heartbeat=beat, ttl=WEEK_S)]
 
 
 def _queue_client(url: str) -> Redis:

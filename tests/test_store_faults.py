@@ -5,10 +5,14 @@ import itertools
 import random
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from personalization.history import Turn
 from personalization.store import Store, StoreUnavailable, connect
@@ -88,6 +92,42 @@ async def test_a_task_that_only_talks_to_redis_ends_when_it_is_cancelled(store: 
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=60)
         assert done, f"still running after a cancellation at moment {moment}"
+
+
+@pytest.mark.parametrize("outcome", [None, RedisConnectionError("gone"), RedisTimeoutError("late")])
+async def test_a_cancellation_that_the_client_drops_ends_the_task_all_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch, outcome: Exception | None
+) -> None:
+    """As in Python 3.11 when it arrives together with a message or an error."""
+
+    async def drop(*_: object, **__: object) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        if outcome is not None:
+            raise outcome
+
+    async def listen() -> None:
+        async with store.events() as events:
+            monkeypatch.setattr(PubSub, "get_message", drop)
+            listening.set()
+            await anext(events)
+
+    async def ask() -> None:
+        monkeypatch.setattr(Redis, "ping", drop)
+        listening.set()
+        while True:
+            with suppress(StoreUnavailable):
+                await store.ping()
+
+    for talk in (listen, ask):
+        listening = asyncio.Event()
+        task = asyncio.create_task(talk())
+        await listening.wait()
+        await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=10)
+        assert done
+        assert task.cancelled()
 
 
 async def test_cancellations_use_up_no_connections(redis_url: str) -> None:

@@ -35,7 +35,7 @@ from personalization.store import Store, VersionRecord
 from personalization.train import Recipe
 from personalization.trainer import Trainer, TrainerSettings
 from personalization.when import When
-from personalization.worker import Gatherer, WorkerSettings, after_job, run_nightly, run_worker
+from personalization.worker import Gatherer, WorkerSettings, after_job, ask_tonight, run_worker
 from tests.redis_fixture import SECRET
 from tests.small_model import save_small_model, talk
 
@@ -420,20 +420,51 @@ async def test_someone_who_waits_twice_comes_to_both_ends(
     await request_refresh(queue, store, "ann", "asked", jobs=JOBS)
     job = await queue.dequeue(timeout=1)
     assert job is not None
+    async with gathering(settings, store) as gatherer, asyncio.timeout(200):
+        ends = await asyncio.gather(gatherer.join(job, "ann"), gatherer.join(job, "ann"))
+    assert [end.code for end in ends] == ["not_enough_turns"] * 2
+
+
+async def test_where_somebody_always_asks_the_others_have_their_turn_too(
+    settings: WorkerSettings, queue: RefreshQueue, store: Store
+):
+    jobs = {}
+    for user, reason in (("ann", "asked"), ("bob", "asked"), ("cid", "nightly")):
+        await store.append(user, talk(user, 5))
+        await request_refresh(queue, store, user, reason, jobs=JOBS)
+        jobs[user] = await queue.dequeue(timeout=1)
+    async with gathering(settings, store, background_after_s=0.5) as gatherer, asyncio.timeout(200):
+
+        async def keep_asking(user: str) -> None:
+            while True:
+                await gatherer.join(jobs[user], user)
+
+        # Twice each, so that one of them waits whenever the other's batch ends.
+        asking = [asyncio.create_task(keep_asking(user)) for user in ("ann", "bob", "ann", "bob")]
+        assert (await gatherer.join(jobs["cid"], "cid")).code == "not_enough_turns"
+        for task in asking:
+            task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def gathering(
+    settings: WorkerSettings, store: Store, *, background_after_s: float = 600.0
+) -> AsyncIterator[Gatherer]:
     config = read_config(settings.model_folder)
     trainer = Trainer(TrainerSettings(settings.model_folder, threads=1, device="cpu"))
     renderer = Renderer(settings.model_folder, config.max_position_embeddings)
     shelf = Shelf(settings.data / "adapters", config, 0)
     kit = Kit(store, shelf, renderer, trainer, POLICY, "small", lambda: datetime.now(UTC))
-    gatherer = Gatherer(kit, gather_s=0.2, people=4, background_people=4, background_s=9, idle_trainer_s=60)
-    gathering = asyncio.create_task(gatherer.run())
+    gatherer = Gatherer(
+        kit, gather_s=0.2, people=4, background_people=4, background_s=9,
+        background_after_s=background_after_s, idle_trainer_s=60,
+    )  # fmt: skip
+    running = asyncio.create_task(gatherer.run())
     try:
-        async with asyncio.timeout(200):
-            ends = await asyncio.gather(gatherer.join(job, "ann"), gatherer.join(job, "ann"))
+        yield gatherer
     finally:
-        gathering.cancel()
+        running.cancel()
         await trainer.stop()
-    assert [end.code for end in ends] == ["not_enough_turns"] * 2
 
 
 async def test_someone_forgotten_during_training_leaves_nothing_and_the_others_are_served(
@@ -658,7 +689,7 @@ async def test_the_night_asks_for_those_for_whom_it_pays_those_who_gain_most_fir
         "random": Twice(),
     }
     before = time.time()
-    assert await run_nightly(context) == 4
+    assert await ask_tonight(context) == 4
     after = time.time()
     jobs = [await queue.job(job_key(store, f"user{number}")) for number in range(1, 5)]
     assert await queue.job(job_key(store, "user0")) is None
@@ -691,12 +722,12 @@ async def test_the_night_asks_for_whose_version_came_of_one_that_saw_what_was_ta
         await store.add_version("ann", record)
     await store.compare_and_set("ann", 0, 3)
     await store.remove_turn("ann", ids[25])  # only the refused one saw it
-    assert await run_nightly(context) == 0
+    assert await ask_tonight(context) == 0
     await store.remove_turn("ann", ids[5])
-    assert await run_nightly(context) == 1
+    assert await ask_tonight(context) == 1
     await store.compare_and_set("ann", 3, 0)
     await cancel_jobs(queue, store, "ann")
-    assert await run_nightly(context) == 0
+    assert await ask_tonight(context) == 0
 
 
 async def test_the_night_begins_at_its_hour_after_the_clocks_were_put_forward_too(
