@@ -125,7 +125,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        # Heads cut out of wider rows: of one alone, reshape makes a view with those rows' stride.
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         (count, width), (rows, padded) = flat.shape, _tile(x.shape[-1])
         y, scale = torch.empty_like(flat), torch.empty(count, dtype=torch.float32, device=x.device)
         _norm_kernel[(triton.cdiv(count, rows),)](

@@ -65,6 +65,17 @@ def compare(op, plain, x: Tensor, error: float) -> None:
     torch.testing.assert_close(gradient, expected_gradient, rtol=error, atol=2 * error)
 
 
+@pytest.mark.parametrize(("first", "end"), [(0, 4), (4, 5)])
+def test_norm_of_heads_cut_out_of_wider_rows(device, first, end):
+    weight = sample((12,), torch.float32, device, 1)
+    compare(
+        lambda x: training.rms_norm(x[:, first:end], weight, 1e-5),
+        lambda x: reference.rms_norm(x[:, first:end], weight.double(), 1e-5),
+        sample((7, 6, 12), torch.float32, device, 2),
+        1e-5,
+    )
+
+
 @pytest.mark.parametrize(("dtype", "error"), KINDS)
 @pytest.mark.parametrize("shape", [(1, 8), (13, 384), (5, 3, 24), (2, 5000)])
 def test_norm(device, dtype, error, shape):
