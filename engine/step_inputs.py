@@ -166,6 +166,8 @@ class StepInputs:
         for name, column in host.items():
             column[:] = -1 if name in _NOTHING else 0
         self._copy(0, 0, self._memory.shape[0])
+        if self._events:
+            self._events[0].record()  # the next step may write this side while the copy is under way
 
     def _copy(self, side: int, begin: int, end: int) -> None:
         self._memory[begin:end].copy_(self._hosts[side][begin:end], non_blocking=True)

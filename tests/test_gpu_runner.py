@@ -4,6 +4,7 @@ Where there is no GPU its kernels are interpreted, which takes seconds a layer: 
 families, and a smaller mix, stand for all.
 """
 
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,36 @@ def test_a_step_that_cannot_be_recorded_is_done_all_the_same(
     assert not runner._records
     assert runner.launch(batch).tokens() == first
     assert runner._graphs == {runner._shape(batch): None}
+
+
+def test_no_inputs_are_written_before_the_last_copy_of_their_side_was_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(world.loaded, on_gpu=True)
+    assert isinstance(driver.runner, GpuRunner)
+    inputs = driver.runner._inputs
+    log: list[tuple[str, int]] = []
+
+    class Event:
+        def __init__(self, side: int) -> None:
+            self.side = side
+
+        def record(self) -> None:
+            log.append(("recorded", self.side))
+
+        def synchronize(self) -> None:
+            log.append(("waited for", self.side))
+
+    monkeypatch.setattr(inputs, "_events", [Event(0), Event(1)])
+    monkeypatch.setattr(inputs, "_copy", lambda side, begin, end: log.append(("copied", side)))
+    batch = build_batch([driver.chunk(driver.sequence(tokens_of(58, 4)), 1)], BLOCK)
+    inputs.fill_nothing()
+    for _ in range(3):
+        inputs.fill(batch, 1, 1, 1)
+    inputs.fill_nothing()
+    for side in (0, 1):
+        steps = [what for what, _ in groupby(what for what, of in log if of == side)]
+        assert all(steps[i + 1 : i + 2] == ["recorded"] for i, what in enumerate(steps) if what == "copied")
 
 
 def test_the_likely_shapes_are_those_that_batches_come_in(world: World) -> None:
