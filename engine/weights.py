@@ -248,19 +248,19 @@ def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
 
 def _sliding(raw: dict[str, Any], family: str, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """(window, layers it applies to). Mistral: all; Qwen: those named or from max_window_layers on."""
-    window = raw.get("sliding_window", 4096 if family == "mistral" else None)
     used = family == "mistral" or (family.startswith("qwen") and raw.get("use_sliding_window", False))
-    if not used or window is None:
+    if not used or raw.get("sliding_window", 4096) is None:
         return None, ()
+    window = _size(raw, "sliding_window", 4096)  # which transformers takes, too, where none is named
     if family == "mistral":
-        return int(window), tuple(range(layers))
+        return window, tuple(range(layers))
     types = raw.get("layer_types")
     if types is None:
         first = int(raw.get("max_window_layers", 28))
-        return int(window), tuple(range(min(first, layers), layers))
+        return window, tuple(range(min(first, layers), layers))
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise UnsupportedModel("layer_types", f"{layers} of sliding_attention, full_attention", types)
-    return int(window), tuple(index for index, kind in enumerate(types) if kind == "sliding_attention")
+    return window, tuple(index for index, kind in enumerate(types) if kind == "sliding_attention")
 
 
 def _size(raw: dict[str, Any], field: str, default: int | None = None) -> int:

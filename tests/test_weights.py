@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.tensor_files import DuplicateTensor, ModelError, NotSafetensors, WrongShape
@@ -101,6 +102,23 @@ def test_rope_settings_of_older_transformers_are_read(folder: Path) -> None:
     assert new.kind == "llama3"
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2-window"])
+def test_the_window_is_the_one_that_transformers_takes_where_none_is_named(
+    tmp_path: Path, family: str
+) -> None:
+    FAMILIES[family]().save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["architectures"] = [raw["model_type"].capitalize() + "ForCausalLM"]
+    del raw["sliding_window"]
+    raw.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    ours = read_config(tmp_path)
+    assert ours.sliding_window == theirs.sliding_window == 4096
+    assert ours.sliding_layers == tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+
+
 @pytest.mark.parametrize(
     "architecture", ["GPT2LMHeadModel", "Qwen3MoeForCausalLM", "LlamaForSequenceClassification"]
 )
@@ -127,6 +145,7 @@ def test_an_unknown_architecture_is_refused_by_name(folder: Path, architecture: 
         {"num_key_value_heads": 3},
         {"hidden_size": -1},
         {"head_dim": 13},
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
     ],
     ids=str,
 )
