@@ -106,10 +106,11 @@ def read_header(
         prefix = file.read(8)
         if len(prefix) < 8:
             raise NotSafetensors(path, f"a file of {size} bytes")
-        if prefix[:2] == b"PK" or (prefix[0] == 0x80 and prefix[1] in range(2, 6)):
-            raise NotSafetensors(path, "a Python pickle")
         (length,) = struct.unpack("<Q", prefix)
         if length > size - 8:
+            # So a pickle begins, or the archive that torch puts it in, and headers of some honest lengths.
+            if prefix[:2] == b"PK" or (prefix[0] == 0x80 and prefix[1] in range(2, 6)):
+                raise NotSafetensors(path, "a Python pickle")
             raise NotSafetensors(path, f"a header of {length} bytes in a file of {size} bytes")
         if length > max_header_bytes:
             raise TooLarge(f"header of {path.name}", max_header_bytes, length)

@@ -228,6 +228,20 @@ def test_a_pickle_renamed_to_safetensors_is_refused(folder: Path, protocol: int 
         load_model(folder)
 
 
+@pytest.mark.parametrize("start", [b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_a_header_whose_length_reads_like_the_start_of_a_pickle_is_none(folder: Path, start: bytes) -> None:
+    before = load_model(folder).base_hash
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    # The format lets spaces stand behind a header.
+    wanted = int.from_bytes(start, "little") + (1 << 16)
+    header = content[8 : 8 + length].rstrip().ljust(wanted)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    assert len(load_file(path)) > 1
+    assert load_model(folder).base_hash == before
+
+
 @pytest.mark.parametrize(
     "broken",
     ["", "{", "[]", '{"x": 3}', '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
