@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import structlog
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,7 +35,7 @@ from service.auth import Authenticator
 from service.engine_metrics import Observed
 from service.errors import ApiError, Forbidden, NotAuthenticated, RateLimited
 from service.events import SessionExpiring, pushed_event
-from service.http import Door, error_handler, json_response
+from service.http import KNOWN_ERRORS, Door, error_handler, json_response
 from service.limits import Limits, RateLimits
 from service.metrics import CONTENT_TYPE, Metrics
 from service.openai_api import OpenAIApi
@@ -337,7 +336,9 @@ def build_app(deps: GatewayDeps) -> Starlette:
             Middleware(CountRequests, metrics=gateway.metrics),
             Middleware(SecurityHeaders),
         ],
-        exception_handlers={ApiError: answer, HTTPException: answer, Exception: answer},
+        # By name, as Starlette raises what only `Exception` names again after the answer: uvicorn would log a
+        # traceback and close the connection, and the answer would pass by the middleware.
+        exception_handlers=dict.fromkeys((*KNOWN_ERRORS, Exception), answer),
         lifespan=gateway.running,
     )
     app.state.gateway = gateway
