@@ -21,7 +21,7 @@ from saq import Job, Status
 from saq.job import TERMINAL_STATUSES
 from saq.queue.redis import RedisQueue
 
-from personalization.store import HistoryForgotten, Store, StoreUnavailable
+from personalization.store import HistoryForgotten, Store, StoreUnavailable, talking_to_redis
 
 log = structlog.get_logger()
 
@@ -108,7 +108,7 @@ async def request_refresh(
     begun.
 
     `reason`: asked | all | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0
-    for now.
+    for now. Raises StoreUnavailable.
     """
     jobs = jobs or JobPolicy()
     key, job_id = job_key(store, user), uuid.uuid4().hex
@@ -125,17 +125,18 @@ async def request_refresh(
         ttl=jobs.ttl,
         scheduled=scheduled,
     )
-    queued = await queue.enqueue(job)
-    earlier = None if queued else await queue.job(key)
-    if earlier is not None and not scheduled and earlier.scheduled > time.time():
-        await queue.erase(key)
+    with talking_to_redis():
         queued = await queue.enqueue(job)
-    if reason == "asked" and (queued or earlier is None or not _is_asked(earlier)):
-        await queue.put_ahead(key)
+        earlier = None if queued else await queue.job(key)
+        if earlier is not None and not scheduled and earlier.scheduled > time.time():
+            await queue.erase(key)
+            queued = await queue.enqueue(job)
+        if reason == "asked" and (queued or earlier is None or not _is_asked(earlier)):
+            await queue.put_ahead(key)
+        earlier = None if queued else await queue.job(key)
     if queued:
         await tell(store, job, {"state": "queued", "progress": 0.0})
         return Requested(job_id, "queued")
-    earlier = await queue.job(key)
     newest = await store.progress(user) or {}
     if earlier is None or earlier.kwargs is None:  # it ended this very moment
         return Requested(job_id, "queued")
@@ -146,9 +147,11 @@ async def request_refresh(
 
 async def cancel_jobs(queue: "RefreshQueue", store: Store, user: str) -> int:
     """Take everything the queue has of `user` out of it: waiting, running and finished jobs, dead letters.
-    Returns how many jobs were waiting or running. Forget the person in the store first."""
-    await queue.forget_letters(store.adapter_id(user))
-    return await queue.erase(job_key(store, user))
+    Returns how many jobs were waiting or running. Forget the person in the store first. Raises
+    StoreUnavailable."""
+    with talking_to_redis():
+        await queue.forget_letters(store.adapter_id(user))
+        return await queue.erase(job_key(store, user))
 
 
 @dataclass(frozen=True, slots=True)

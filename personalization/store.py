@@ -74,6 +74,7 @@ __all__ = [
     "VersionRecord",
     "Votes",
     "connect",
+    "talking_to_redis",
 ]
 
 APPEND_BATCH = 1_000  # turns in one Lua call, some 10 ms of the server's time
@@ -563,17 +564,11 @@ class Store:
     async def _ask(self, call: Any) -> Any:
         """Await a call to Redis within the deadline; its failures by our names."""
         try:
-            with _cancellable():
+            with talking_to_redis():
                 async with asyncio.timeout(self._deadline_s):
                     return await call
-        except (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError) as error:
-            raise StoreUnavailable(str(error)) from error
         except TimeoutError as error:
             raise StoreUnavailable(f"no answer within {self._deadline_s} s") from error
-        except ResponseError as error:
-            if "MISCONF" in str(error) or "OOM" in str(error):  # disk or memory is full
-                raise StoreUnavailable(str(error)) from error
-            raise
 
     async def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         return await self._ask(self._redis.register_script(script)(keys=keys, args=arguments))
@@ -639,6 +634,20 @@ class Store:
                 if body is not None
             ]
         return turns
+
+
+@contextmanager
+def talking_to_redis() -> Iterator[None]:
+    """What Redis cannot do now is a StoreUnavailable, and a cancellation within ends the task for sure."""
+    try:
+        with _cancellable():
+            yield
+    except (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError) as error:
+        raise StoreUnavailable(str(error)) from error
+    except ResponseError as error:
+        if "MISCONF" in str(error) or "OOM" in str(error):  # disk or memory is full
+            raise StoreUnavailable(str(error)) from error
+        raise
 
 
 async def _subscribed(pubsub: PubSub) -> None:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import structlog
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,7 +35,7 @@ from service.auth import Authenticator
 from service.engine_metrics import Observed
 from service.errors import ApiError, Forbidden, NotAuthenticated, RateLimited
 from service.events import SessionExpiring, pushed_event
-from service.http import Door, error_handler, json_response
+from service.http import KNOWN_ERRORS, Door, as_api_error, error_handler, json_response
 from service.limits import Limits, RateLimits
 from service.metrics import CONTENT_TYPE, Metrics
 from service.openai_api import OpenAIApi
@@ -221,12 +220,10 @@ class Gateway:
             await self._refuse(websocket, chosen, protocol.NOT_AUTHENTICATED, error)
         except RateLimited as error:
             await self._refuse(websocket, chosen, protocol.TOO_MANY, error)
-        except StoreUnavailable as error:
-            await self._refuse(websocket, chosen, protocol.TRY_AGAIN_LATER, error)
+        except StoreUnavailable as error:  # in our words: Redis' own name its socket's path, to anyone
+            await self._refuse(websocket, chosen, protocol.TRY_AGAIN_LATER, as_api_error(error))
 
-    async def _refuse(
-        self, websocket: WebSocket, chosen: str | None, code: int, error: ApiError | StoreUnavailable
-    ) -> None:
+    async def _refuse(self, websocket: WebSocket, chosen: str | None, code: int, error: ApiError) -> None:
         self.metrics.sockets_closed.labels(code=str(code)).inc()
         await websocket.accept(subprotocol=chosen)
         await close(websocket, code, str(error)[:120])
@@ -337,7 +334,9 @@ def build_app(deps: GatewayDeps) -> Starlette:
             Middleware(CountRequests, metrics=gateway.metrics),
             Middleware(SecurityHeaders),
         ],
-        exception_handlers={ApiError: answer, HTTPException: answer, Exception: answer},
+        # By name, as Starlette raises what only `Exception` names again after the answer: uvicorn would log a
+        # traceback and close the connection, and the answer would pass by the middleware.
+        exception_handlers=dict.fromkeys((*KNOWN_ERRORS, Exception), answer),
         lifespan=gateway.running,
     )
     app.state.gateway = gateway

@@ -68,14 +68,14 @@ class AttuneApi:
             Route("/attune/conversations", self.conversations, methods=["GET"]),
             Route("/attune/conversations/{conversation:path}", self.conversation, methods=["GET"]),
             Route("/attune/versions", self.versions, methods=["GET"]),
-            Route("/attune/versions/{version:int}/turns", self.version_turns, methods=["GET"]),
+            Route("/attune/versions/{version}/turns", self.version_turns, methods=["GET"]),
             Route("/attune/rollback", self.rollback, methods=["POST"]),
             Route("/attune/refresh", self.refresh, methods=["POST"]),
             Route("/attune/import", self.import_history, methods=["POST"]),
             Route("/attune/export", self.export, methods=["GET"]),
             Route("/attune/feedback", self.feedback, methods=["POST"]),
             Route("/attune/turns/learned", self.learned, methods=["GET"]),
-            Route("/attune/turns/{turn}/learning", self.unlearn, methods=["DELETE"]),
+            Route("/attune/turns/{turn:path}/learning", self.unlearn, methods=["DELETE"]),
         ]
 
     # ------------------------------------------------------------ coming in
@@ -247,11 +247,12 @@ class AttuneApi:
         whether the next one may learn it too."""
         user = (await self._door.person(request)).user
         version = request.path_params["version"]
-        record = next((each for each in await self._store.versions(user) if each.version == version), None)
+        records = await self._store.versions(user)
+        record = next((each for each in records if str(each.version) == version), None)
         if record is None:
-            raise NotFound(f"no version {version}", code="version_not_found")
+            raise NotFound(f"no version {version:.80}", code="version_not_found")
         turns = await self._store.turns_named(user, record.turn_ids)
-        return json_response({"version": version, "turns": [turn_shown(turn) for turn in turns]})
+        return json_response({"version": record.version, "turns": [turn_shown(turn) for turn in turns]})
 
     async def rollback(self, request: Request) -> Response:
         user = (await self._door.person(request)).user

@@ -120,8 +120,9 @@ class ChatClient:
         """Whether no more of the reply will come: it was refused, or is lost. An answer to anything else that
         was asked meanwhile names that by its event_id."""
         answers = error.get("event_id")
-        lost = answers is None and error.get("response_id") == self._response_id
-        return lost or answers == asked["event_id"] or self._response_id is None
+        if answers is not None:
+            return bool(answers == asked["event_id"])
+        return self._response_id is None or error.get("response_id") == self._response_id
 
     async def _send(self, message: Event) -> None:
         assert self._socket is not None

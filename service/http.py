@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from engine.client import EngineLost
@@ -32,6 +32,15 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 1 << 20
+# What `as_api_error` knows by name. Anything else is a fault of ours, and its traceback is logged.
+KNOWN_ERRORS = (
+    ApiError,
+    StoreUnavailable,
+    EngineLost,
+    HistoryForgotten,
+    msgspec.ValidationError,
+    HTTPException,
+)
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -69,15 +78,19 @@ async def read_json(request: Request, kind: type[T]) -> T:
 
 
 async def read_limited(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is longer than `limit` bytes. Raises TooLarge."""
+    """The body, refused as soon as it is longer than `limit` bytes. Raises TooLarge, and BadRequest when the
+    client leaves in the middle of it."""
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
         raise TooLarge(f"expected a body of at most {limit} bytes, got {declared}")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise TooLarge(f"expected a body of at most {limit} bytes, got more")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise TooLarge(f"expected a body of at most {limit} bytes, got more")
+    except ClientDisconnect:  # nobody reads the answer, but it is no fault of ours either
+        raise BadRequest("expected the whole body, got a part of it", code="incomplete_body") from None
     return bytes(body)
 
 

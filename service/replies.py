@@ -158,8 +158,7 @@ class Replies:
     def acknowledge(self, reply: Reply, number: int) -> None:
         """The client has everything up to `number`; once that is everything, memory need not keep it."""
         reply.acknowledged = max(reply.acknowledged, number)
-        if reply.done and reply.listeners == 0 and reply.acknowledged >= len(reply.entries) - 1:
-            self._drop(reply)
+        self._drop_if_read(reply)
 
     async def adopt_orphans(self) -> int:
         """Take over every reply whose gateway died, asked for or not: what a person was promised is written
@@ -168,7 +167,7 @@ class Replies:
         for reply_id in await self.health.ask(self.store.orphans):
             if reply_id in self._replies:
                 continue
-            with contextlib.suppress(UnknownResponse, EventsExpired):  # it ended meanwhile
+            try:
                 record = await self.store.adopt_response(
                     reply_id, holder=self.holder, lease_s=self.patience.lease
                 )
@@ -178,6 +177,10 @@ class Replies:
                     if reply.done:  # its gateway died before it could say so
                         await self._finish(reply)
                     adopted += 1
+            except (UnknownResponse, EventsExpired):  # it ended meanwhile
+                continue
+            except (msgspec.MsgspecError, UnicodeDecodeError):  # such as another release wrote; others wait
+                log.exception("an orphaned reply cannot be read", response_id=reply_id)
         return adopted
 
     async def close(self) -> None:
@@ -226,9 +229,14 @@ class Replies:
         self._replies[reply.id] = reply
         task = asyncio.create_task(self._drive(reply), name=f"reply {reply.id}")
         self._tasks[reply.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(reply.id, None))
+        task.add_done_callback(lambda task: self._forget_task(reply.id, task))
         self._watch(reply)
         return reply
+
+    def _forget_task(self, reply_id: str, task: asyncio.Task[None]) -> None:
+        """A reply that was let go may have been taken up again before its task had ended: that one stays."""
+        if self._tasks.get(reply_id) is task:
+            del self._tasks[reply_id]
 
     async def _drive(self, reply: Reply) -> None:
         """Write the reply whenever it is ours to write; else follow whoever writes it."""
@@ -242,6 +250,7 @@ class Replies:
             log.exception("reply failed", response_id=reply.id)
             reply.lose(ServerFault("an internal error; the reply was given up"))
         self._watch(reply)
+        self._drop_if_read(reply)
 
     async def _write_all(self, reply: Reply) -> None:
         reply.running = True
@@ -368,6 +377,8 @@ class Replies:
             timer.cancel()
         if reply.listeners or self._replies.get(reply.id) is not reply:
             return
+        if reply.done and reply.running:  # it still saves and asks for things; `_drive` comes back here then
+            return
         if reply.done or reply.lost:
             after, act = self.patience.keep, self._drop
         else:
@@ -381,6 +392,13 @@ class Replies:
             self._drop(reply)
         elif not reply.plan.background:
             reply.cancel("disconnected")
+
+    def _drop_if_read(self, reply: Reply) -> None:
+        """Let go of an ended reply that its client has all of; not before its task has ended, for which
+        forgetting the person waits."""
+        read = reply.acknowledged >= len(reply.entries) - 1
+        if reply.done and read and not reply.running and reply.listeners == 0:
+            self._drop(reply)
 
     def _drop(self, reply: Reply) -> None:
         if self._replies.get(reply.id) is reply:

@@ -87,12 +87,19 @@ class Child:
         while True:
             started = self._clock()
             self.starts += 1
-            self._process = await asyncio.create_subprocess_exec(
-                *leash.command(self.program.argv),
-                env=dict(self.program.environment),
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *leash.command(self.program.argv),
+                    env=dict(self.program.environment),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except OSError as error:  # no memory or no process left for now: the others go on meanwhile
+                failures += 1
+                delay = restart_delay(failures)
+                log.error("process.not_started", child=name, error=str(error), restart_in_s=delay)
+                await asyncio.sleep(delay)
+                continue
             log.debug("process.started", child=name, pid=self._process.pid)
             code = await self._process.wait()
             if code == USER_ERROR:

@@ -3,6 +3,7 @@ page."""
 
 import asyncio
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from personalization.history import MAX_TEXT_CHARS, Turn, dump
 from personalization.jobs import QueueStats, cancel_jobs, open_queue, queue_stats, request_refresh
-from personalization.store import Standing, Store, connect
+from personalization.store import Standing, Store, StoreUnavailable, connect
 from personalization.when import When
 from service.engine_metrics import STEP_PARTS
 from service.errors import NotFound
@@ -424,3 +425,56 @@ async def test_feedback_over_http_is_what_it_is_on_a_socket(service: TinyService
             assert (await ann.post("/attune/feedback", json=body)).status_code == code
         foreign = await ben.post("/attune/feedback", json={"item_id": item, "rating": "up"})
         assert (foreign.status_code, foreign.json()["error"]["code"]) == (404, "turn_not_found")
+
+
+async def test_an_absence_of_the_store_is_an_answer_like_any_other(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted, under the same headers, over a connection that stays, and without a traceback for each."""
+
+    async def away(*_: object) -> None:
+        raise StoreUnavailable("it is away")
+
+    async with service.gateway() as gateway, web(gateway) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(service.store, "pointer", away)
+            answer = await client.get("/attune/me")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        counted = 'attune_http_requests_total{method="GET",route="me",status="503"} 1.0'
+        assert counted in (await client.get("/metrics")).text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_ours(
+    service: TinyService, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with service.gateway() as gateway:
+        refused = gateway.gateway.metrics.refused.labels(code="incomplete_body")
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        credential = gateway.headers("ann")["authorization"]
+        head = f"POST /attune/import HTTP/1.1\r\nhost: x\r\nauthorization: {credential}\r\n"
+        writer.write(f"{head}content-length: 1000\r\n\r\nthe beginning".encode())
+        await writer.drain()
+        writer.close()
+        async with asyncio.timeout(60):
+            while True:
+                if refused._value.get() or caplog.records:
+                    break
+                await asyncio.sleep(0.01)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_version_number_of_any_length_is_only_unknown(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        for number in ("1" * 5000, "-1", "x", "\u0663"):
+            answer = await client.get(f"/attune/versions/{number}/turns")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "version_not_found")
+
+
+async def test_a_turn_whose_imported_id_has_a_slash_can_be_taken_out(service: TinyService) -> None:
+    async with service.gateway() as gateway, web(gateway) as client:
+        await service.store.append("ann", [replace(turn(0), id="thread/7")])
+        answer = await client.delete("/attune/turns/thread%2F7/learning")
+        assert answer.json() == {"id": "thread/7", "learning": False}
+        assert (await service.store.turn("ann", "thread/7")).removed

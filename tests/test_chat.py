@@ -95,6 +95,19 @@ async def test_an_error_ends_the_wait_for_a_reply() -> None:
         assert not client.replying
 
 
+async def test_an_error_about_something_else_does_not_end_the_wait_for_a_reply() -> None:
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        if message["type"] == "response.create":
+            error = {"type": "error", "code": "store_unavailable", "event_id": "of a refresh"}
+            for event in (error, *reply_events("done")):
+                await socket.send(json.dumps(event))
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("hello")
+        kinds = [event["type"] async for event in client.reply()]
+    assert kinds == ["error", "response.created", "response.output_text.delta", "response.completed"]
+
+
 @pytest.mark.parametrize("taken_up", [False, True])
 async def test_a_reply_that_is_lost_after_its_first_word_ends_the_wait(taken_up: bool) -> None:
     lost = {"type": "error", "code": "resume_expired", "event_id": None, "response_id": "resp_1"}

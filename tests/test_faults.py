@@ -204,6 +204,22 @@ async def test_a_background_reply_that_was_taken_over_is_written_to_its_end(serv
             assert [turn.text for turn in await saved(service, 2)] == ["hello", expected]
 
 
+async def test_an_orphan_that_cannot_be_read_does_not_keep_the_others_waiting(service: TinyService) -> None:
+    """Such as one that another release wrote."""
+    record: Any = {"holder": "dead", "lease_s": 0.001, "ttl_s": 60.0}
+    await service.store.create_response("ann", "a first one", b"not a plan", **record)
+    with engine_held() as let_go:
+        async with service.gateway() as one:
+            await one.client("ann").responses.create(
+                model="base", input="hello", background=True, max_output_tokens=LONG
+            )
+        async with service.gateway(patience=replace(FAST, lease=60.0)) as two:
+            await asyncio.sleep(0.1)  # the lease that was let go runs out
+            assert await two.gateway.replies.adopt_orphans() == 1
+            let_go()
+            assert len(await saved(service, 2)) == 2
+
+
 async def test_a_reply_whose_gateway_died_after_its_last_word_is_taken_over_once(
     service: TinyService, monkeypatch: pytest.MonkeyPatch
 ) -> None:

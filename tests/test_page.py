@@ -19,7 +19,16 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Page,
+    Request,
+    Route,
+    WebSocket,
+    expect,
+    sync_playwright,
+)
 
 from engine.adapter_files import LoraModule, LoraWeights
 from engine.weights import load_model, read_config
@@ -206,6 +215,74 @@ def test_a_reload_in_the_middle_of_a_reply_takes_it_up_again(
     text = page.locator(".reply .prose").inner_text()
     page.reload()
     expect(page.locator(".reply .prose")).to_have_text(text, use_inner_text=True)
+
+
+def two_replies_and_a_reload(page: Page) -> None:
+    """Two conversations whose replies are being written; the second one is open."""
+    say(page, "What is the first thing?")
+    reply_named(page)
+    page.get_by_role("button", name="New conversation").click()
+    say(page, "What is the second thing?")
+    expect(page.locator(".reply")).to_have_attribute("aria-busy", "true")
+    page.reload()
+    expect(page.locator(".bubble")).to_have_text("What is the second thing?")
+    expect(page.locator(".reply")).to_have_attribute("aria-busy", "true")
+
+
+def test_a_reload_forgets_no_reply_of_a_conversation_that_is_not_open(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("juggler")
+    with engine_paused(service):
+        two_replies_and_a_reload(page)
+        page.locator(".conversation", has_text="What is the first thing?").click()
+        expect(page.locator(".bubble")).to_have_text("What is the first thing?")
+        expect(page.locator(".reply")).to_have_attribute("aria-busy", "true")
+    reply_ended(page)
+
+
+def test_forgetting_in_the_middle_of_replies_keeps_no_word_of_them_in_the_browser(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("deserter")
+    with engine_paused(service):
+        two_replies_and_a_reload(page)
+        page.locator("summary", has_text="Your data").click()
+        page.get_by_role("button", name="Forget me").click()
+        page.get_by_label("Your name").fill("deserter")
+        page.get_by_role("button", name="Forget everything").click()
+    expect(page.locator(".conversation")).to_have_count(0)
+    expect(page.locator(".bubble")).to_have_count(0)
+    assert page.evaluate("Object.values(sessionStorage).filter(kept => kept.includes('thing'))") == []
+
+
+def test_an_attempt_to_connect_that_fails_late_does_not_unsettle_the_one_that_succeeded(
+    open_page: Open,
+) -> None:
+    page = open_page("roamer")
+    held: list[Route] = []
+    sockets: list[WebSocket] = []
+
+    def hold_first(route: Route) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/attune/tickets", hold_first)
+    page.on("websocket", lambda opened: sockets.append(opened))
+    page.reload(wait_until="commit")
+    deadline = time.monotonic() + 60
+    while not held:
+        assert time.monotonic() < deadline, "no ticket was asked for"
+        page.wait_for_timeout(20)
+    page.evaluate("dispatchEvent(new Event('online'))")
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/attune/tickets")):
+        held[0].abort()
+    say(page, "Are you still there?")
+    reply_ended(page)
+    assert len(sockets) == 1  # not one for which the page waited until the first had been silent for long
 
 
 def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service: RunningService) -> None:

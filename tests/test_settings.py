@@ -34,6 +34,8 @@ def test_a_flag_that_was_not_given_does_not_hide_the_environment() -> None:
         ({}, {"port": 70000}, "--port"),
         ({}, {"redis_url": "localhost:6379"}, "--redis-url"),
         ({}, {"auto_refresh_after": -1}, "--auto-refresh-after"),
+        ({"ATTUNE_TOKEN_HOURS": "inf"}, {}, "ATTUNE_TOKEN_HOURS"),
+        ({}, {"token_hours": 1e300}, "--token-hours"),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_its_key(

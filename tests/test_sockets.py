@@ -15,6 +15,7 @@ from msgspec import structs
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
+from personalization.store import StoreUnavailable
 from service.limits import Limits
 from service.reply import Reply
 from service.sockets import SocketOptions
@@ -486,6 +487,84 @@ async def test_a_socket_without_a_good_credential_is_closed_with_4401(service: T
         assert await closed_with(gateway, subprotocols=[JSON, "ticket.nonsense"]) == 4401
         old = {"authorization": f"Bearer {gateway.token('ann', -1)}"}
         assert await closed_with(gateway, additional_headers=old) == 4401
+
+
+async def test_who_cannot_be_let_in_while_the_store_is_away_hears_nothing_of_where_it_is(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when its path is so long that it fits no close frame."""
+
+    async def away(_: str) -> None:
+        raise StoreUnavailable("Error 2 connecting to unix:///data/" + "資料" * 50)
+
+    async with service.gateway() as gateway:
+        monkeypatch.setattr(service.store, "take_ticket", away)
+        async with websockets.connect(gateway.socket_url, subprotocols=[JSON, "ticket.x"]) as connection:
+            with pytest.raises(websockets.ConnectionClosed) as caught:
+                await asyncio.wait_for(connection.recv(), LONG_S)
+        assert caught.value.rcvd is not None
+        assert (caught.value.rcvd.code, caught.value.rcvd.reason) == (1013, "the history cannot be reached")
+
+
+async def test_forgetting_waits_for_what_follows_a_reply_that_was_read_to_its_end(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a refresh that it still asks for would name the person after they were forgotten."""
+    finish, held, following = service.store.finish_response, asyncio.Event(), asyncio.Event()
+
+    async def finish_later(*about: Any, **more: Any) -> None:
+        following.set()
+        await held.wait()
+        await finish(*about, **more)
+
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        monkeypatch.setattr(service.store, "finish_response", finish_later)
+        await send(connection, type="response.create", input="x", max_output_tokens=2)
+        last = (await until(connection, *ENDS))[-1]
+        await send(
+            connection,
+            type="response.ack",
+            response_id=last["response_id"],
+            sequence_number=last["sequence_number"],
+        )
+        await send(connection, type="ping", id="read")
+        await until(connection, "pong")
+        await asyncio.wait_for(following.wait(), LONG_S)
+        stopping = asyncio.create_task(gateway.gateway.replies.stop_all("ann"))
+        await asyncio.sleep(0.05)
+        assert not stopping.done()
+        held.set()
+        await asyncio.wait_for(stopping, LONG_S)
+
+
+async def test_a_reply_that_was_read_to_its_end_is_let_go(service: TinyService) -> None:
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        await send(connection, type="response.create", input="x", max_output_tokens=2)
+        last = (await until(connection, *ENDS))[-1]
+        about = {"response_id": last["response_id"], "sequence_number": last["sequence_number"]}
+        await send(connection, type="response.ack", **about)
+        await send(connection, type="ping", id="read")
+        await until(connection, "pong")
+        await gateway.done_with(last["response_id"])
+        assert last["response_id"] not in gateway.gateway.replies._replies
+
+
+async def test_a_reply_taken_up_while_its_last_task_ends_keeps_the_new_one(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        done = await gateway.client("ann").responses.create(model="me", input="x", max_output_tokens=2)
+        replies = gateway.gateway.replies
+        plan = (await replies.find("ann", done.id)).plan
+        plan = structs.replace(plan, id="resp_elsewhere")
+        record: Any = {"holder": "another gateway", "lease_s": 60.0, "ttl_s": 60.0}
+        await service.store.create_response("ann", plan.id, msgspec.msgpack.encode(plan), **record)
+        first = await replies.find("ann", plan.id)  # followed, not written
+        before = replies._tasks[plan.id]
+        replies._abandon(first)
+        second = replies._own(Reply(plan))
+        await asyncio.wait({before})
+        await asyncio.sleep(0)
+        assert not replies._tasks[plan.id].done()
+        replies._abandon(second)
 
 
 async def test_a_ticket_opens_one_socket_from_its_page_only(service: TinyService) -> None:

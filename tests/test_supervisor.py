@@ -1,6 +1,7 @@
 """The supervisor's promises, kept by real processes: restart, stop, no orphans, one service per folder."""
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +62,24 @@ async def test_a_child_that_is_killed_is_started_again() -> None:
     await child.stop()
     assert child.pid is None
     assert gone(second)
+
+
+async def test_a_child_for_which_there_is_no_process_now_is_started_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child, start = Child(shell("sleep 60")), asyncio.create_subprocess_exec
+
+    async def refused_once(*argv: Any, **options: Any) -> asyncio.subprocess.Process:
+        if child.starts == 1:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return await start(*argv, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refused_once)
+    keeping = asyncio.create_task(child.keep())
+    await pid_after(child, None)
+    assert child.starts == 2
+    keeping.cancel()
+    await child.stop()
 
 
 async def test_a_child_that_leaves_with_code_two_is_not_started_again() -> None:

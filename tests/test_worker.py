@@ -31,12 +31,12 @@ from personalization.jobs import (
 from personalization.prompt import Renderer
 from personalization.publish import Shelf
 from personalization.refresh import Kit, RefreshPolicy
-from personalization.store import Store, VersionRecord
+from personalization.store import Store, StoreUnavailable, VersionRecord, connect
 from personalization.train import Recipe
 from personalization.trainer import Trainer, TrainerSettings
 from personalization.when import When
 from personalization.worker import Gatherer, WorkerSettings, after_job, ask_tonight, run_worker
-from tests.redis_fixture import SECRET
+from tests.redis_fixture import SECRET, RedisServer
 from tests.small_model import save_small_model, talk
 
 POLICY = RefreshPolicy(
@@ -125,6 +125,42 @@ async def test_asking_twice_joins_the_first_request(queue: RefreshQueue, store: 
     await tell(store, job, {"state": "training", "progress": 0.5})
     third = await request_refresh(queue, store, "ann", "asked")
     assert (third.job_id, third.state) == (first.job_id, "training")
+
+
+async def test_a_redis_that_is_full_or_gone_is_an_error_by_name(redis_server: RedisServer):
+    """It still reads while it is full, so the person's pointer says nothing of it."""
+    client = connect(redis_server.url)
+    queue, store = RefreshQueue(client), Store(client, SECRET)
+    await store.append("ann", talk("ann", 5))
+    await client.config_set("maxmemory", "1")
+    with pytest.raises(StoreUnavailable, match="maxmemory"):
+        await request_refresh(queue, store, "ann", "asked")
+    await client.config_set("maxmemory", "0")
+    await request_refresh(queue, store, "ann", "asked")
+    redis_server.kill()
+    with pytest.raises(StoreUnavailable):
+        await cancel_jobs(queue, store, "ann")
+    await client.aclose()
+
+
+async def test_asking_ends_when_it_is_cancelled_though_the_client_drops_that(
+    queue: RefreshQueue, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """As in Python 3.11 when a cancellation arrives together with an answer."""
+    asking = asyncio.Event()
+
+    async def drop(*_: object) -> bool:
+        asking.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return True
+
+    monkeypatch.setattr(queue, "enqueue", drop)
+    task = asyncio.create_task(request_refresh(queue, store, "ann", "turns"))
+    await asking.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
 
 
 async def test_people_who_ask_at_the_same_time_share_a_stack(

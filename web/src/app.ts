@@ -484,13 +484,22 @@ export class App {
   }
 
   private keepRunning(): void {
-    const kept: Kept[] = [];
+    const kept = this.notTakenUp();
     for (const { create, reply, item } of this.running.values()) {
       if (item.kind === "reply") {
         kept.push({ create, responseId: reply.responseId, prompt: item.prompt, startedAt: reply.startedAt });
       }
     }
     remember(`attune.running.${this.state.user}`, kept.length ? kept : null, () => sessionStorage);
+  }
+
+  /** Replies from before a reload whose conversations have not been opened since. */
+  private notTakenUp(): Kept[] {
+    const kept = remembered<Kept[]>(`attune.running.${this.state.user}`, [], () => sessionStorage);
+    return kept.filter(({ create, startedAt }) => {
+      const open = this.threads.get(create.conversation)?.state === "ready";
+      return !open && !this.running.has(create.event_id) && Date.now() - startedAt <= KEPT_FOR_MS;
+    });
   }
 
   /** After a reload: replies of this thread that were being written go on from where they are. */

@@ -123,6 +123,7 @@ export class Learning {
       case "adapter.forgotten":
         // Asked for on this page it is told there; else another page or a command did it.
         if (this.forgetting) return;
+        this.leaveNothing();
         this.app.toast("Everything the service knew about you is gone.");
         void this.app.enter(this.state.user);
         return;
@@ -236,15 +237,21 @@ export class Learning {
     this.forgetting = true;
     await this.attempt(async () => {
       await this.api.forget();
-      const user = this.state.user;
-      for (const key of Object.keys(localStorage)) {
-        if (key.startsWith(`attune.draft.${user}.`) || key === `attune.score.${user}`) localStorage.removeItem(key);
-      }
-      history.replaceState(null, "", location.pathname);
-      await this.app.enter(user);
+      this.leaveNothing();
+      await this.app.enter(this.state.user);
       this.app.toast("Your history and every version of your adapter are gone.");
     });
     this.forgetting = false;
+  }
+
+  /** Nothing that the person wrote stays in this browser, nor is a reply to it asked for again. */
+  private leaveNothing(): void {
+    const user = this.state.user;
+    for (const key of Object.keys(localStorage)) {
+      if (key.startsWith(`attune.draft.${user}.`) || key === `attune.score.${user}`) localStorage.removeItem(key);
+    }
+    sessionStorage.removeItem(`attune.running.${user}`);
+    history.replaceState(null, "", location.pathname);
   }
 
   private async attempt(act: () => Promise<void>): Promise<void> {

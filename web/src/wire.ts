@@ -75,7 +75,8 @@ export class Wire {
     try {
       ticket = await this.options.ticket();
     } catch (error) {
-      if (this.closed()) return;
+      // Another attempt may have succeeded while this one hung, as when the network changed in between.
+      if (this.socket || this.closed()) return;
       if (error instanceof Refused) this.become("refused", error.message);
       else this.retry("the service does not answer");
       return;
