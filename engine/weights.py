@@ -201,7 +201,7 @@ def read_config(folder: Path) -> ModelConfig:
         sliding_window=window,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
-        bos_token_id=next(iter(_token_ids(raw.get("bos_token_id"))), None),
+        bos_token_id=next(iter(_token_ids(folder / "config.json", raw, "bos_token_id")), None),
         eos_token_ids=_eos_token_ids(folder, raw),
         sliding_layers=sliding_layers,
     )
@@ -281,18 +281,22 @@ def _number(raw: dict[str, Any], field: str, default: float | None = None) -> fl
     return float(value)
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def _token_ids(path: Path, raw: dict[str, Any], field: str) -> list[int]:
+    value = raw.get(field)
     if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+        return []
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int for token_id in ids):
+        raise MissingFile(path, f"{field}: expected a token's id or a list of them, got {value!r}")
+    return ids
 
 
 def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     """The end tokens of both files: chat models add their end of turn in generation_config.json."""
-    found = list(_token_ids(raw.get("eos_token_id")))
+    found = _token_ids(folder / "config.json", raw, "eos_token_id")
     generation = folder / "generation_config.json"
     if generation.exists():
-        found += _token_ids(_read_json(generation).get("eos_token_id"))
+        found = found + _token_ids(generation, _read_json(generation), "eos_token_id")
     return tuple(dict.fromkeys(found))
 
 

@@ -45,7 +45,7 @@ def allowed_origins(host: str, port: int, extra: Iterable[str] = ()) -> frozense
     if host not in ("0.0.0.0", "::"):
         hosts.add(f"[{host}]" if ":" in host else host)
     own = {f"http://{name}" if port == 80 else f"http://{name}:{port}" for name in hosts}
-    return frozenset(own | {origin.rstrip("/") for origin in extra})
+    return frozenset(origin.rstrip("/").lower() for origin in (*own, *extra))
 
 
 class Authenticator:

@@ -133,8 +133,8 @@ async def test_only_our_own_pages_may_ask(auth: Authenticator) -> None:
 
 
 def test_more_origins_can_be_named() -> None:
-    origins = allowed_origins("0.0.0.0", 80, ["https://chat.example/"])
-    assert "https://chat.example" in origins
+    origins = allowed_origins("0.0.0.0", 80, ["https://chat.example/", "https://Talk.Example"])
+    assert {"https://chat.example", "https://talk.example"} <= origins
     assert not any("0.0.0.0" in origin for origin in origins)
 
 
@@ -142,6 +142,7 @@ def test_more_origins_can_be_named() -> None:
     ("host", "port", "origin"),
     [
         ("chat.example", 8080, "http://chat.example:8080"),
+        ("Chat.Example", 8080, "http://chat.example:8080"),
         ("127.0.0.1", 80, "http://127.0.0.1"),  # a browser leaves http's own port out
         ("fd00::7", 8080, "http://[fd00::7]:8080"),
     ],

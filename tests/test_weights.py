@@ -199,6 +199,16 @@ def test_a_tensor_of_integers_is_refused(folder: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize("value", ["</s>", [2, "</s>"], {"id": 2}, 2.0, True])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_token_that_is_no_id_is_refused_with_its_file(folder: Path, file: str, value: object) -> None:
+    edit_config(folder, **({"eos_token_id": value} if file == "config.json" else {}))
+    if file != "config.json":
+        (folder / file).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(MissingFile, match=rf"{file}: eos_token_id: expected a token's id"):
+        load_model(folder)
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"config\.json"):
         load_model(tmp_path)
