@@ -219,8 +219,7 @@ async def recorded_versions(shelf: Shelf, store: Store, user: str, pointer: Poin
     attune.json if a crash, or a store that went away, came between the two: without it nobody could tell
     what it has learned."""
     found = await store.versions(user)
-    answering = {pointer.version} | ({pointer.trial.version} if pointer.trial else set())
-    for version in answering - {record.version for record in found} - {0}:
+    for version in pointer.answering - {record.version for record in found} - {0}:
         meta_file = version_folder(shelf.root, store.adapter_id(user), version) / META_FILE
         if meta_file.is_file():
             meta = json.loads(meta_file.read_text(encoding="utf-8"))
@@ -233,9 +232,8 @@ async def _known_versions(shelf: Shelf, store: Store, user: str | None) -> set[s
     if user is None:
         return set()
     pointer = await store.pointer(user)
-    answering = {pointer.version} | ({pointer.trial.version} if pointer.trial else set())
     known = {record.version for record in await recorded_versions(shelf, store, user, pointer)}
-    return {str(version) for version in known | answering}
+    return {str(version) for version in known | pointer.answering}
 
 
 def _changed_at(path: Path) -> float:

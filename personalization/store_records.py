@@ -106,6 +106,11 @@ class Pointer:
     epoch: int
     trial: Trial | None = None
 
+    @property
+    def answering(self) -> frozenset[int]:
+        """The versions that answer, if only on trial."""
+        return frozenset({self.version} if self.trial is None else {self.version, self.trial.version})
+
 
 @dataclass(frozen=True, slots=True)
 class ConversationSummary:

@@ -329,7 +329,7 @@ async def _is_marked(store: Store, user: str) -> bool:
     """Whether the version that answers, or one on trial, has seen a turn that may not be learned any more."""
     pointer = await store.pointer(user)
     marked = marks(await store.versions(user), await store.learned_ids(user))
-    return pointer.version in marked or (pointer.trial is not None and pointer.trial.version in marked)
+    return not pointer.answering.isdisjoint(marked)
 
 
 async def run_worker(settings: WorkerSettings) -> None:

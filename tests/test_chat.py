@@ -10,6 +10,7 @@ import pytest
 from websockets.asyncio.server import Server, ServerConnection, serve
 
 from service.chat import ChatClient, ChatRefused, Terminal, notice_of, who
+from tests.waiting import until
 
 Handler = Callable[[ServerConnection, dict[str, Any]], Awaitable[None]]
 
@@ -165,8 +166,7 @@ async def test_the_terminal_names_the_version_that_answers_and_takes_commands() 
     async def lines() -> AsyncIterator[str]:
         for line in ("hello\n", "/base hello\n", "/refresh\n"):
             yield line
-        while "is now version 4" not in "".join(written):  # noqa: ASYNC110  (a list: nothing to wait on)
-            await asyncio.sleep(0.01)
+        await until(lambda: "is now version 4" in "".join(written))
         yield "/quit\n"
 
     written: list[str] = []
@@ -187,8 +187,7 @@ async def test_the_terminal_says_once_that_a_refresh_began() -> None:
 
     async def lines() -> AsyncIterator[str]:
         yield "/refresh\n"
-        while "learning from" not in "".join(written):  # noqa: ASYNC110  (a list: nothing to wait on)
-            await asyncio.sleep(0.01)
+        await until(lambda: "learning from" in "".join(written))
         await asyncio.sleep(0.2)  # it would be said again about now
         yield "/quit\n"
 

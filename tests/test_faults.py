@@ -27,6 +27,7 @@ from service.session import NOT_SAVED, SessionOptions
 from service.store_health import CALLS_AT_ONCE, StoreHealth
 from tests.redis_fixture import SECRET, RedisServer
 from tests.tiny_service import FAST, TOKEN_KEY, Running, TinyService, engine_held
+from tests.waiting import until
 
 pytest_plugins = ("tests.service_fixtures",)
 
@@ -197,8 +198,7 @@ async def test_a_background_reply_that_was_taken_over_is_written_to_its_end(serv
             await asyncio.sleep(0.1)  # the lease that was let go runs out
             assert await two.gateway.replies.adopt_orphans() == 1
             (reply,) = two.gateway.replies._replies.values()
-            while not reply.running:  # noqa: ASYNC110  (a flag: nothing to wait on)
-                await asyncio.sleep(0.01)
+            await until(lambda: reply.running)
             two.gateway.replies._abandon(reply)  # as when nobody has listened for long
             let_go()
             assert [turn.text for turn in await saved(service, 2)] == ["hello", expected]
@@ -434,9 +434,7 @@ async def test_a_forget_that_a_gateway_did_not_hear_of_leaves_nothing_in_its_mem
             await gateway.client(user).responses.create(model="me", input="hello", max_output_tokens=1)
         with ThreadPoolExecutor(1) as elsewhere:
             elsewhere.submit(asyncio.run, forget()).result()  # the gateway does nothing meanwhile
-        async with asyncio.timeout(60):
-            while "ann" in remembered:  # noqa: ASYNC110  (of another task: nothing to wait on)
-                await asyncio.sleep(0.05)
+        await until(lambda: "ann" not in remembered)
         assert list(remembered) == ["ben"]
     await own_store.close()
 
@@ -667,9 +665,7 @@ async def gone(gateway: Running) -> None:
 
 async def test_a_client_that_stops_reading_is_dropped_and_its_reply_is_not(service: TinyService) -> None:
     async with service.gateway() as gateway, sleeper(gateway):
-        async with asyncio.timeout(60):
-            while not gateway.gateway.replies._replies:  # noqa: ASYNC110  (it was asked for: nothing to wait on)
-                await asyncio.sleep(0.01)
+        await until(lambda: gateway.gateway.replies._replies)
         for _ in range(200):
             pad(gateway)
             await asyncio.sleep(0.01)
@@ -682,9 +678,7 @@ async def test_a_client_that_neither_reads_nor_answers_pings_is_let_go(service: 
     # The first ping comes late enough for the writer to be stuck before it goes unanswered.
     pings = {"ws_ping_interval": 4.0, "ws_ping_timeout": 0.5}
     async with service.gateway(server=pings) as gateway, sleeper(gateway):
-        async with asyncio.timeout(60):
-            while "ann" not in gateway.gateway.sockets._open:  # noqa: ASYNC110  (nothing to wait on)
-                await asyncio.sleep(0.01)
+        await until(lambda: "ann" in gateway.gateway.sockets._open)
         (open_socket,) = gateway.gateway.sockets._open["ann"]
         while not open_socket._outbox:  # until the kernel takes no more and the writer is stuck
             pad(gateway)

@@ -29,6 +29,7 @@ from engine.request import AdapterRef, FinishedEvent, Request, SamplingParams, T
 from engine.server import EngineServer, serve
 from engine.weights import LoadedModel, load_model
 from tests.tiny_models import VOCAB, save_random
+from tests.waiting import until
 
 ADA = AdapterRef("ada0", 1)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -63,12 +64,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     weights = LoraWeights(tuple(LoraModule(layer, "q_proj", a.clone(), b.clone(), 1.0) for layer in range(2)))
     write_adapter(version_folder(root / "adapters", ADA.id, 1), weights, model.config, base_model="tiny")
     return World(root / "model", root / "adapters", model)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110  (of another thread or task: nothing here to wait on)
-            await asyncio.sleep(0.002)
 
 
 Start = Callable[..., Awaitable["Running"]]

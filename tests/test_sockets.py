@@ -58,6 +58,16 @@ async def until(connection: ClientConnection, *kinds: str) -> list[Any]:
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
+async def read_to_its_end(connection: ClientConnection) -> str:
+    """Read the reply that was asked for and acknowledge all of it; its id, once the service has heard so."""
+    last = (await until(connection, *ENDS))[-1]
+    about = {"response_id": last["response_id"], "sequence_number": last["sequence_number"]}
+    await send(connection, type="response.ack", **about)
+    await send(connection, type="ping", id="read")
+    await until(connection, "pong")
+    return str(last["response_id"])
+
+
 def text(events: list[Any]) -> str:
     return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
 
@@ -520,15 +530,7 @@ async def test_forgetting_waits_for_what_follows_a_reply_that_was_read_to_its_en
     async with service.gateway() as gateway, socket(gateway) as connection:
         monkeypatch.setattr(service.store, "finish_response", finish_later)
         await send(connection, type="response.create", input="x", max_output_tokens=2)
-        last = (await until(connection, *ENDS))[-1]
-        await send(
-            connection,
-            type="response.ack",
-            response_id=last["response_id"],
-            sequence_number=last["sequence_number"],
-        )
-        await send(connection, type="ping", id="read")
-        await until(connection, "pong")
+        await read_to_its_end(connection)
         await asyncio.wait_for(following.wait(), LONG_S)
         stopping = asyncio.create_task(gateway.gateway.replies.stop_all("ann"))
         await asyncio.sleep(0.05)
@@ -540,13 +542,9 @@ async def test_forgetting_waits_for_what_follows_a_reply_that_was_read_to_its_en
 async def test_a_reply_that_was_read_to_its_end_is_let_go(service: TinyService) -> None:
     async with service.gateway() as gateway, socket(gateway) as connection:
         await send(connection, type="response.create", input="x", max_output_tokens=2)
-        last = (await until(connection, *ENDS))[-1]
-        about = {"response_id": last["response_id"], "sequence_number": last["sequence_number"]}
-        await send(connection, type="response.ack", **about)
-        await send(connection, type="ping", id="read")
-        await until(connection, "pong")
-        await gateway.done_with(last["response_id"])
-        assert last["response_id"] not in gateway.gateway.replies._replies
+        reply = await read_to_its_end(connection)
+        await gateway.done_with(reply)
+        assert reply not in gateway.gateway.replies._replies
 
 
 async def test_a_reply_taken_up_while_its_last_task_ends_keeps_the_new_one(service: TinyService) -> None:
