@@ -24,7 +24,7 @@ from engine.gpu_decoder import GpuDecoder, StepShape, row_buckets, token_buckets
 from engine.model import GROUPS
 from engine.step_inputs import Limits, StepInputs
 from engine.weights import LoadedModel
-from kernels import attention
+from kernels import RANK_TILE, attention
 from kernels.attention import DecodePlan
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,10 @@ class GpuRunner:
         if arena.dtype == torch.float16:
             # Products run before the norm divides; their range is that of the residual stream.
             raise ConfigError("dtype", "bfloat16 or float32 on a GPU", "float16")
+        if arena.shape[1] % RANK_TILE:
+            # Adapters are read several numbers at a time, which have to lie where such reads may begin.
+            expected = f"one with which a slab holds a multiple of {RANK_TILE} numbers"
+            raise ConfigError("block_size", expected, block_size)
         kv_shape = (config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
         self._arena = arena
         self._slabs = arena[:, : torch.Size(kv_shape).numel()].view(-1, *kv_shape)

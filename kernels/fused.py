@@ -18,7 +18,7 @@ from kernels.lora import LoraRows, expand_row, expand_row_pair
 from kernels.programs import allow_next, can_overlap, launch_options, wait
 
 COLUMNS = 512  # of a row, per program
-RANKS = 8  # rank rows of B in one read
+THREADS = 128  # of a program
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def _rotary_kernel(
     layer, num_q, num_kv, BLOCK_SIZE, D, HALF,
     arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
     HEADS: tl.constexpr, HALF_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, BLOCKS:
-    tl.constexpr, RANKS: tl.constexpr, V_SPLITS: tl.constexpr,
+    tl.constexpr, WIDE: tl.constexpr, V_SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
@@ -106,7 +106,7 @@ def _rotary_kernel(
     if HAS_LORA:
         more_low, more_high = expand_row_pair(
             row, low, is_c, high, is_c, heads * D, arena, tables, tile_strides, tiles,
-            layer, module, module, module, module, v, stride_split, stride_v, splits, RANKS, V_SPLITS, PDL,
+            layer, module, module, module, module, v, stride_split, stride_v, splits, WIDE, V_SPLITS, PDL,
         )  # fmt: skip
     else:
         wait(PDL)
@@ -159,7 +159,7 @@ def _gate_kernel(
     first_row, y, slot_stride, blocks_k, units, F, ssq, stride_ssq, blocks, H, eps, out, layer,
     arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
     COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
-    RANKS: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
+    WIDE: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
     row = first_row + tl.program_id(0)
@@ -168,7 +168,7 @@ def _gate_kernel(
     if HAS_LORA:
         more_gate, more_up = expand_row_pair(
             row, c, is_c, c, is_c, F, arena, tables, tile_strides, tiles,
-            layer, 4, 0, 5, 1, v, stride_split, stride_v, splits, RANKS, V_SPLITS, PDL,
+            layer, 4, 0, 5, 1, v, stride_split, stride_v, splits, WIDE, V_SPLITS, PDL,
         )  # fmt: skip
     else:
         wait(PDL)
@@ -190,7 +190,7 @@ def _residual_kernel(
     first_row, y, slot_stride, blocks_k, units, H, x, weight, xw, ssq, stride_ssq, layer, module,
     arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
     COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
-    RANKS: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
+    WIDE: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
     row = first_row + tl.program_id(0)
@@ -201,7 +201,7 @@ def _residual_kernel(
     if HAS_LORA:
         more = expand_row(
             row, c, is_c, H, arena, tables, tile_strides, tiles,
-            layer, module, 0, v, stride_split, stride_v, splits, RANKS, V_SPLITS, PDL,
+            layer, module, 0, v, stride_split, stride_v, splits, WIDE, V_SPLITS, PDL,
         )  # fmt: skip
     else:
         wait(PDL)
@@ -290,7 +290,8 @@ def rotary_write(
             *_lora_of(lora, ssq),
             HEADS=heads, HALF_WIDTH=width, **_slot_constants(product),
             BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
-            **_lora_constants(lora), HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, **_launch(pdl),
+            HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None,
+            **_lora_constants(lora, heads * width), **_launch(pdl),
         )  # fmt: skip
 
 
@@ -374,10 +375,11 @@ def _lora_of(adapters: Adapters | None, filler: Tensor) -> tuple[Tensor | int, .
     )  # fmt: skip
 
 
-def _lora_constants(adapters: Adapters | None) -> dict[str, int | bool]:
+def _lora_constants(adapters: Adapters | None, columns: int = COLUMNS) -> dict[str, int | bool]:
+    """For programs of so many columns, each thread with all rank rows of its own."""
     splits = 1 if adapters is None else triton.next_power_of_2(adapters.splits)
-    return {"RANKS": RANKS, "V_SPLITS": splits, "HAS_LORA": adapters is not None}
+    return {"WIDE": max(1, columns // THREADS), "V_SPLITS": splits, "HAS_LORA": adapters is not None}
 
 
 def _launch(pdl: bool) -> dict[str, int | bool]:
-    return {"PDL": pdl, "num_warps": 4, **launch_options(pdl)}
+    return {"PDL": pdl, "num_warps": THREADS // 32, **launch_options(pdl)}

@@ -1,6 +1,7 @@
 """Mixed-adapter LoRA in Triton, straight from the pages; `reference.lora_pages` is the specification.
 
-An adapter's matrices lie in the arena as tiles of 8 rank rows, A as [8, in], B transposed as [8, out]. Its
+An adapter's matrices lie in the arena as tiles of 8 rank rows, A as [8, in], B transposed as [8, out], each
+at a multiple of 8 elements: a compiler that does not know this loads them one number at a time. The adapter's
 *table* (int64, in device memory) says where: entry ((layer * 7 + module) * 2 + half) * P + p is the element
 offset of tile p of A (half 0) or B (half 1), -1 for none; behind these lie the scales, one float32 per layer
 and module in the low half of an entry. P, the tiles of the adapter's largest module, is its own: nothing is
@@ -23,9 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.programs import allow_next, can_overlap, launch_options, num_processors, wait
+from kernels.reference import RANK_TILE
 
 NUM_MODULES = tl.constexpr(7)
 MAX_RANK = tl.constexpr(256)
+TILE = tl.constexpr(RANK_TILE)
 CHUNK = 1024  # of a side of A, per program
 ROWS_PER_SEGMENT = 8  # decode rows of one adapter that share one read of a tile
 PROMPT_ROWS = 64  # prompt rows of one adapter that one program multiplies
@@ -114,7 +117,7 @@ def _item(items, offsets, scales, at, work, total, chunks):
     item = work // chunks
     is_work = work < total
     code = tl.load(items + item, mask=is_work, other=0)
-    offset = tl.load(offsets + at + item, mask=is_work, other=-1)
+    offset = tl.multiple_of(tl.load(offsets + at + item, mask=is_work, other=-1), TILE)
     return code, offset, tl.load(scales + at + item, mask=is_work, other=0.0)
 
 
@@ -140,7 +143,7 @@ def _shrink_rows_kernel(
     allow_next(PDL)
     chunks = tl.cdiv(K, CHUNK)
     total = tl.load(num_items) * chunks
-    r = tl.arange(0, 8)
+    r = tl.arange(0, TILE)
     work = tl.program_id(0)
     code, offset, scale = _item(items, offsets, scales, at, work, total, chunks)
     while work < total:
@@ -154,13 +157,16 @@ def _shrink_rows_kernel(
             segment = code >> 16
             row = tl.load(first_rows + segment)
             count = tl.load(row_counts + segment)
-            column = ((code >> 8) & 255) * MAX_RANK + (code & 255) * 8
+            column = ((code >> 8) & 255) * MAX_RANK + (code & 255) * TILE
             wait(PDL)
-            for index in range(count):
-                here = (row + index).to(tl.int64)
-                xs = tl.load(x + here * stride_x + k, mask=k < K, other=0.0)
+            here = row.to(tl.int64)
+            xs = tl.load(x + here * stride_x + k, mask=k < K, other=0.0)
+            for following_row in range(1, count + 1):  # fetched while this one is multiplied
+                end = tl.where(following_row < count, K, 0)
+                next_xs = tl.load(x + (here + 1) * stride_x + k, mask=k < end, other=0.0)
                 u = tl.sum(a.to(tl.float32) * xs.to(tl.float32)[None, :], axis=1) * scale
                 tl.store(v + chunk * stride_split + here * stride_v + column + r, u)
+                here, xs = here + 1, next_xs
         work, code, offset, scale = following, next_code, next_offset, next_scale
     wait(PDL)  # also where there was nothing to do: what follows may only start when all before has ended
 
@@ -173,49 +179,54 @@ def adapter_of(index, tables, tile_strides, tiles, module):
 
 
 @triton.jit
-def rank_offsets(table, stride, count, entry, j):
-    """Element offset of the tile that holds rank row j of B; -1 beyond the adapter's own."""
-    tile = j // 8
-    return tl.load(table + (entry * 2 + 1) * stride + tile, mask=tile < count, other=-1)
+def b_offset(table, stride, count, entry, tile, WIDE: tl.constexpr):
+    """Element offset of a tile of B, or of each of several; -1 beyond the adapter's own.
+
+    A thread loads WIDE columns at once, since the compiler is told that offsets are multiples of it. They are
+    of 8, but a program of few columns has no 8 for each thread: it would give threads a part of the rank rows
+    instead, and sums would have to travel between them.
+    """
+    return tl.multiple_of(tl.load(table + (entry * 2 + 1) * stride + tile, mask=tile < count, other=-1), WIDE)
 
 
 @triton.jit
-def load_b(arena, offsets, j, columns, is_column, width):
-    """Rows j and these columns of B -> [ranks, columns], 0 where there are none."""
-    pointers = arena + offsets[:, None] + (j % 8)[:, None] * width + columns[None, :]
-    return tl.load(pointers, mask=(offsets >= 0)[:, None] & is_column[None, :], other=0.0)
+def load_b(arena, offset, columns, is_column, width):
+    """A tile's 8 rank rows and these columns of B -> [8, columns], 0 where there is no tile."""
+    pointers = arena + offset + tl.arange(0, TILE)[:, None] * width + columns[None, :]
+    is_tile = offset + tl.zeros_like(columns) >= 0  # a block, as masks want it
+    return tl.load(pointers, mask=(is_tile & is_column)[None, :], other=0.0)
 
 
 @triton.jit
-def load_v(v, stride_split, splits, place, j, is_rank, SPLITS: tl.constexpr):
-    """v[.., place + j], its chunks added up -> [ranks]."""
+def load_v(v, stride_split, splits, place, offset, SPLITS: tl.constexpr):
+    """v[.., place : place + 8], its chunks added up -> [8]; 0 where there is no tile."""
     s = tl.arange(0, SPLITS)
-    pointers = v + s[:, None] * stride_split + place + j[None, :]
-    return tl.sum(tl.load(pointers, mask=(s < splits)[:, None] & is_rank[None, :], other=0.0), axis=0)
+    is_split = (s < splits) & (offset + tl.zeros_like(s) >= 0)
+    pointers = v + s[:, None] * stride_split + place + tl.arange(0, TILE)[None, :]
+    return tl.sum(tl.load(pointers, mask=is_split[:, None], other=0.0), axis=0)
 
 
 @triton.jit
 def expand_row(
     row, columns, is_column, width, arena, tables, tile_strides, tiles,
     layer, module, slot, v, stride_split, stride_v, splits,
-    RANKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    WIDE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """sum_r v[row, slot, r] * B[r, columns] of the row's adapter -> float32; waits for v."""
     table, stride, count = adapter_of(row, tables, tile_strides, tiles, module)
     entry = layer * NUM_MODULES + module
     place = row.to(tl.int64) * stride_v + slot * MAX_RANK
-    j = tl.arange(0, RANKS)
-    offsets = rank_offsets(table, stride, count, entry, j)
-    b = load_b(arena, offsets, j, columns, is_column, width)
+    offset = b_offset(table, stride, count, entry, 0, WIDE)
+    b = load_b(arena, offset, columns, is_column, width)
     wait(PDL)
-    u = load_v(v, stride_split, splits, place, j, offsets >= 0, SPLITS)
+    u = load_v(v, stride_split, splits, place, offset, SPLITS)
     # In each turn, where the next tile lies is asked for while this one is fetched.
-    following = rank_offsets(table, stride, count, entry, RANKS + j)
+    following = b_offset(table, stride, count, entry, 1, WIDE)
     y = tl.sum(u[:, None] * b.to(tl.float32), axis=0)
-    for begin in range(RANKS, count * 8, RANKS):
-        offsets, following = following, rank_offsets(table, stride, count, entry, begin + RANKS + j)
-        b = load_b(arena, offsets, j, columns, is_column, width)
-        u = load_v(v, stride_split, splits, place, begin + j, offsets >= 0, SPLITS)
+    for tile in range(1, count):
+        offset, following = following, b_offset(table, stride, count, entry, tile + 1, WIDE)
+        b = load_b(arena, offset, columns, is_column, width)
+        u = load_v(v, stride_split, splits, place + tile * TILE, offset, SPLITS)
         y += tl.sum(u[:, None] * b.to(tl.float32), axis=0)
     return y
 
@@ -224,7 +235,7 @@ def expand_row(
 def expand_row_pair(
     row, columns_0, is_column_0, columns_1, is_column_1, width, arena, tables, tile_strides, tiles,
     layer, module_0, slot_0, module_1, slot_1, v, stride_split, stride_v, splits,
-    RANKS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    WIDE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`expand_row` for two sets of columns at once, of one module or of two."""
     table, stride, count_0 = adapter_of(row, tables, tile_strides, tiles, module_0)
@@ -233,26 +244,25 @@ def expand_row_pair(
     entry_1 = layer * NUM_MODULES + module_1
     place_0 = row.to(tl.int64) * stride_v + slot_0 * MAX_RANK
     place_1 = row.to(tl.int64) * stride_v + slot_1 * MAX_RANK
-    j = tl.arange(0, RANKS)
-    offsets_0 = rank_offsets(table, stride, count_0, entry_0, j)
-    offsets_1 = rank_offsets(table, stride, count_1, entry_1, j)
-    b_0 = load_b(arena, offsets_0, j, columns_0, is_column_0, width)
-    b_1 = load_b(arena, offsets_1, j, columns_1, is_column_1, width)
+    offset_0 = b_offset(table, stride, count_0, entry_0, 0, WIDE)
+    offset_1 = b_offset(table, stride, count_1, entry_1, 0, WIDE)
+    b_0 = load_b(arena, offset_0, columns_0, is_column_0, width)
+    b_1 = load_b(arena, offset_1, columns_1, is_column_1, width)
     wait(PDL)
-    u_0 = load_v(v, stride_split, splits, place_0, j, offsets_0 >= 0, SPLITS)
-    u_1 = load_v(v, stride_split, splits, place_1, j, offsets_1 >= 0, SPLITS)
-    following_0 = rank_offsets(table, stride, count_0, entry_0, RANKS + j)
-    following_1 = rank_offsets(table, stride, count_1, entry_1, RANKS + j)
+    u_0 = load_v(v, stride_split, splits, place_0, offset_0, SPLITS)
+    u_1 = load_v(v, stride_split, splits, place_1, offset_1, SPLITS)
+    following_0 = b_offset(table, stride, count_0, entry_0, 1, WIDE)
+    following_1 = b_offset(table, stride, count_1, entry_1, 1, WIDE)
     y_0 = tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
     y_1 = tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
-    for begin in range(RANKS, tl.maximum(count_0, count_1) * 8, RANKS):
-        offsets_0, offsets_1 = following_0, following_1
-        following_0 = rank_offsets(table, stride, count_0, entry_0, begin + RANKS + j)
-        following_1 = rank_offsets(table, stride, count_1, entry_1, begin + RANKS + j)
-        b_0 = load_b(arena, offsets_0, j, columns_0, is_column_0, width)
-        b_1 = load_b(arena, offsets_1, j, columns_1, is_column_1, width)
-        u_0 = load_v(v, stride_split, splits, place_0, begin + j, offsets_0 >= 0, SPLITS)
-        u_1 = load_v(v, stride_split, splits, place_1, begin + j, offsets_1 >= 0, SPLITS)
+    for tile in range(1, tl.maximum(count_0, count_1)):
+        offset_0, offset_1 = following_0, following_1
+        following_0 = b_offset(table, stride, count_0, entry_0, tile + 1, WIDE)
+        following_1 = b_offset(table, stride, count_1, entry_1, tile + 1, WIDE)
+        b_0 = load_b(arena, offset_0, columns_0, is_column_0, width)
+        b_1 = load_b(arena, offset_1, columns_1, is_column_1, width)
+        u_0 = load_v(v, stride_split, splits, place_0 + tile * TILE, offset_0, SPLITS)
+        u_1 = load_v(v, stride_split, splits, place_1 + tile * TILE, offset_1, SPLITS)
         y_0 += tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
         y_1 += tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
     return y_0, y_1
@@ -287,9 +297,10 @@ def _shrink_prompts_kernel(
         scale = tl.load(table + num_layers * 14 * stride + entry).to(tl.int32).to(tl.float32, bitcast=True)
         rows = (row + i).to(tl.int64)
         end = tl.minimum(K, (chunk + 1) * CHUNK)
-        for begin in range(0, tiles_here * 8, RANKS):
-            p = (begin + j) // 8
+        for begin in range(0, tiles_here * TILE, RANKS):
+            p = (begin + j) // TILE
             offsets = tl.load(table + entry * 2 * stride + p, mask=p < tiles_here, other=-1)
+            offsets = tl.multiple_of(offsets, TILE)
             u = tl.zeros((ROWS, RANKS), dtype=tl.float32)
             for k0 in range(chunk * CHUNK, end, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
@@ -300,7 +311,7 @@ def _shrink_prompts_kernel(
                     other=0.0,
                 )
                 a = tl.load(
-                    arena + offsets[None, :] + (j % 8)[None, :] * K + k[:, None],
+                    arena + offsets[None, :] + (j % TILE)[None, :] * K + k[:, None],
                     mask=(offsets >= 0)[None, :] & is_k[:, None],
                     other=0.0,
                 )
@@ -350,9 +361,13 @@ def _expand_prompts_kernel(
         if tiles_here > 0:
             rows = (row + i).to(tl.int64)
             delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            for begin in range(0, tiles_here * 8, RANKS):
-                offsets = rank_offsets(table, stride, tiles_here, entry, begin + j)
-                b = load_b(arena, offsets, j, columns, is_column, width)
+            for begin in range(0, tiles_here * TILE, RANKS):
+                offsets = b_offset(table, stride, tiles_here, entry, (begin + j) // TILE, TILE)
+                b = tl.load(
+                    arena + offsets[:, None] + (j % TILE)[:, None] * width + columns[None, :],
+                    mask=(offsets >= 0)[:, None] & is_column[None, :],
+                    other=0.0,
+                )
                 place = rows[:, None] * stride_v + slot * MAX_RANK + (begin + j)[None, :]
                 is_u = (i < count)[:, None] & (offsets >= 0)[None, :]
                 u = tl.zeros((ROWS, RANKS), dtype=tl.float32)
@@ -424,13 +439,14 @@ def shrink_prompts(
     num_modules: int,
 ) -> None:
     """`shrink_decode` for the rows of prompts, on the tensor cores."""
+    pdl = can_overlap(x.device)
     _shrink_prompts_kernel[(4 * num_processors(x.device),)](
         x, x.stride(0), arena, v, v.stride(0), v.stride(1),
         rows.prompt_first_row, rows.prompt_row_count, rows.prompt_segment, rows.num_prompt_tiles,
         rows.tables, rows.tile_strides, rows.tiles,
         layer, num_layers, first_module, num_modules, x.shape[1],
         ROWS=PROMPT_ROWS, RANKS=16, BLOCK_K=min(256 // x.element_size(), CHUNK), CHUNK=CHUNK,
-        PRECISION="ieee", PDL=False, num_warps=4, num_stages=4,
+        PRECISION="ieee", PDL=pdl, num_warps=4, num_stages=4, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -445,12 +461,13 @@ def expand_prompts(
     splits: int,
 ) -> None:
     """y[t, c(m)] += v[t, m] @ B[m] in place, for the rows of prompts. y [T, sum(widths)]."""
+    pdl = can_overlap(y.device)
     padded = (*widths, 0, 0)[:3]
     _expand_prompts_kernel[(4 * num_processors(y.device),)](
         y, y.stride(0), arena, v, v.stride(0), v.stride(1), splits,
         rows.prompt_first_row, rows.prompt_row_count, rows.prompt_segment, rows.num_prompt_tiles,
         rows.tables, rows.tile_strides, rows.tiles,
         layer, first_module, len(widths), *padded,
-        ROWS=PROMPT_ROWS, RANKS=16, COLUMNS=128, PRECISION="ieee", PDL=False,
-        num_warps=4,
+        ROWS=PROMPT_ROWS, RANKS=16, COLUMNS=128, PRECISION="ieee", PDL=pdl,
+        num_warps=4, **launch_options(pdl),
     )  # fmt: skip

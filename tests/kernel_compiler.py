@@ -4,7 +4,8 @@
 
 Steps of all kinds run on tensors without memory. Where a kernel would be launched it is compiled, as for a
 device of that compute capability, and what it takes goes out as a line of JSON: shared memory in bytes,
-registers a thread, and bytes of them that were spilled to memory.
+registers a thread, bytes of them that were spilled to memory, and loads of two bytes each, which take as long
+as those of sixteen.
 """
 
 import json
@@ -121,7 +122,9 @@ def main() -> None:
             told.add(kernel.hash)
             registers, spilled = taken(kernel.asm["cubin"])
             line = {"kernel": self.fn.__name__, "shared": kernel.metadata.shared}
-            print(json.dumps(line | {"registers": registers, "spilled": spilled}), flush=True)
+            line |= {"registers": registers, "spilled": spilled}
+            narrow = len(re.findall(r"ld\.global\S*\.b16 ", kernel.asm["ptx"]))
+            print(json.dumps(line | {"narrow": narrow}), flush=True)
 
     driver.set_active(AbsentDevice(capability))  # type: ignore[arg-type]
     JITFunction.run = compile_only

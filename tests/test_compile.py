@@ -15,6 +15,7 @@ DEFINED = re.compile(r"def (_\w+_kernel)\(")
 # Capability". 8.6 also stands for 8.9 and 12.0, which have as much.
 SHARED_KIB = {"8.6": 99, "9.0": 227}
 MOST_SPILLED = 64  # bytes a thread: what a device's first cache hides
+MOST_NARROW = 2  # loads of two bytes: single values, never a part of weights, adapters or K/V
 
 
 @pytest.mark.parametrize("capability", SHARED_KIB)
@@ -31,3 +32,4 @@ def test_every_kernel_compiles_and_fits(capability: str, tmp_path: Path) -> None
     for one in found:
         assert one["shared"] <= SHARED_KIB[capability] * 1024, one
         assert one["spilled"] <= MOST_SPILLED, one
+        assert one["narrow"] <= MOST_NARROW, one

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.batch import build_batch
+from engine.config import ConfigError
 from engine.gpu_decoder import StepShape
 from engine.gpu_runner import GpuRunner
 from engine.model import GROUPS
@@ -199,6 +200,12 @@ def test_beyond_a_few_kinds_of_adapters_all_others_run_as_one(world: World) -> N
         seen.append(runner._shape(batch).lora_groups)
     assert seen == [*kinds[:2], GROUPS, GROUPS, GROUPS] * 2
     assert {shape.lora_groups for shape in runner._likely_shapes()} == {(), GROUPS, *kinds[:2]}
+
+
+def test_slabs_in_which_tiles_could_not_be_read_several_numbers_at_a_time_are_refused(world: World) -> None:
+    arena = torch.zeros(4, Driver(world.loaded).slab_elems + 4, device=DEVICE)
+    with pytest.raises(ConfigError, match=r"block_size: expected .* multiple of 8 numbers, got 16"):
+        GpuRunner(world.loaded, arena, 16, max_tokens=64, max_rows=16)
 
 
 def test_where_adapters_lie_is_known_before_the_last_kernel_that_layers_may_overlap(

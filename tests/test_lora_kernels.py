@@ -89,7 +89,7 @@ class World:
     ) -> None:
         self.dtype = dtype
         self.random = torch.Generator().manual_seed(5)
-        slab_elems = min_slab_elems(CONFIG) + 13
+        slab_elems = min_slab_elems(CONFIG) + 24  # a multiple of 8, as a GPU needs it
         packed = [pack_adapter(self._weights(ranks), CONFIG, slab_elems, dtype) for ranks in RANKS]
         free = list(range(sum(p.layout.slabs_needed for p in packed) + 3))
         self.arena = torch.full((len(free), slab_elems), NAN, dtype=dtype)
