@@ -192,6 +192,7 @@ def test_stopping_ends_the_reply_and_leaves_room_for_the_next(
         say(page, "Tell me a long story.")
         expect(page.get_by_role("button", name="Stop")).to_be_visible()
         page.keyboard.press("Escape")
+        page.wait_for_timeout(2000)  # nothing tells that it has come through, and eight tokens take 10 ms
     expect(page.locator(".reply .note")).to_have_text("Stopped.", timeout=REPLY_MS)
     page.get_by_role("button", name="Another reply").click()
     reply_ended(page)
