@@ -134,7 +134,8 @@ def decode_shapes(tiny: bool) -> list[tuple[str, list[int]]]:
         (1, 1024), (8, 8192), (32, 64), (32, 512), (32, 2048), (32, 8192), (128, 512), (128, 2048), (256, 64),
         (256, 1024), (256, 2048),
     )]  # fmt: skip
-    return [*shapes, ("255x256+8192", [256] * 255 + [8192])]
+    uneven = [8 + 4 * (37 * row % 253) for row in range(253)]  # as replies of all ages, in no order
+    return [*shapes, ("255x256+8192", [256] * 255 + [8192]), ("253x8-1016", uneven)]
 
 
 def prefill_shapes(tiny: bool) -> list[tuple[str, list[int], list[int]]]:
@@ -182,8 +183,11 @@ def bench_decode(table: Table, name: str, lengths: list[int], sizes: Sizes) -> N
         plans += [(splits, default) for splits in (chosen // 2, most) if splits]
         plans += [
             (chosen, AttentionConfig(*how))
-            for how in ((32, 2, 2), (32, 4, 4), (64, 4, 2), (128, 4, 1), (128, 4, 2), (128, 8, 3))
-        ]
+            for how in (
+                (32, 2, 2), (32, 2, 4), (32, 4, 4), (64, 2, 2), (64, 4, 2), (64, 4, 3), (128, 4, 1),
+                (128, 4, 2), (128, 8, 3),
+            )
+        ]  # fmt: skip
     for splits, config in plans:
 
         def decode(i: int, splits: int = splits, config: AttentionConfig = config) -> None:
