@@ -140,14 +140,16 @@ def evaluate(histories: Mapping[str, Sequence[Turn]], bench: Bench, extent: Exte
 
     bench.say(f"training {len(subjects)} adapters")
     started = bench.clock(), bench.processor()
-    candidates = _trained(bench, [_person(s.lesson, n) for n, s in enumerate(subjects)], extent)
+    learners = [_person(s.lesson, n) for n, s in enumerate(subjects)]
+    candidates = _trained(bench, learners, extent)
     spent = {
         "seconds_per_user": round((bench.clock() - started[0]) / len(subjects), 3),
         "processor_seconds_per_user": round((bench.processor() - started[1]) / len(subjects), 3),
     }
     bench.say("judging them, and learning the turns that judged")
     gate = Gate(bench.model, neutral_rows(bench.renderer))
-    gated = _gated(bench, gate, candidates, [None] * len(subjects), [s.lesson for s in subjects], extent)
+    lessons = [s.lesson for s in subjects]
+    gated = _gated(bench, gate, candidates, learners, [None] * len(subjects), lessons, extent)
     population = _populations(bench, subjects, extent)
 
     bench.say("scoring held-out turns")
@@ -325,10 +327,12 @@ def _gated(
     bench: Bench,
     gate: Gate,
     candidates: Sequence[LoraWeights],
+    people: Sequence[Person],
     serving: Adapters,
     lessons: Sequence[Lesson],
     extent: Extent,
 ) -> _Gated:
+    """`people`: whom the candidates were trained as."""
     cases = [
         Case(candidate, before, lesson.gate)
         for candidate, before, lesson in zip(candidates, serving, lessons, strict=True)
@@ -339,14 +343,16 @@ def _gated(
         for candidate, verdict in zip(candidates, verdicts, strict=True)
     ]
     accepted = [
-        None if weights is None else Accepted(weights, lesson.train, lesson.newest, seed)
-        for seed, (weights, lesson) in enumerate(zip(judged, lessons, strict=True))
+        Accepted(lesson.train, lesson.newest, person.seed, person.start, verdict.strength)
+        if verdict.accepted
+        else None
+        for verdict, person, lesson in zip(verdicts, people, lessons, strict=True)
     ]
     done = finish(
         bench.model,
         gate,
         accepted,
-        bench.policy.finish,
+        bench.policy.recipe,
         bench.policy.gate,
         people_at_once=extent.people_at_once,
     )
@@ -477,7 +483,8 @@ def _from_population(
     strangers = [_stranger(at, len(subjects)) for at in range(len(subjects))]
     test = [subject.test for subject in subjects]
     together = _means(bench, own, test)
-    gated = _gated(bench, gate, own, [None] * len(subjects), [s.lesson for s in subjects], extent)
+    lessons = [s.lesson for s in subjects]
+    gated = _gated(bench, gate, own, people, [None] * len(subjects), lessons, extent)
     after = _means_behind_gate(bench, gated.published, test, context)
     return {
         "own": _against(alone, together),
@@ -624,7 +631,7 @@ def _in_a_row(
                     lessons[at] = lesson
         people = [_person(lesson, 31 * at + number, serving[at]) for at, lesson in lessons.items()]
         new, before = _trained(bench, people, extent), [serving[at] for at in lessons]
-        gated = _gated(bench, gate, new, before, list(lessons.values()), extent)
+        gated = _gated(bench, gate, new, people, before, list(lessons.values()), extent)
         accepted += sum(verdict.accepted for verdict in gated.verdicts)
         for (at, lesson), verdict, judged, published in zip(
             lessons.items(), gated.verdicts, gated.judged, gated.published, strict=True

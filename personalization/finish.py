@@ -1,30 +1,35 @@
 """What was held out to judge a candidate is learned once the candidate was accepted.
 
 The gate needs turns that the candidate has not seen, and those are the person's newest: the ones that a
-version should know best. So an accepted candidate goes on for a little while, over the turns that judged it
-and as many tokens of the older ones. It is looked at once more for what can be told without turns held out
-(numbers, size, drift); if that fails, the candidate is published as it was judged.
+version should know best. So who was accepted is trained once more, from where the candidate began, by the
+same recipe and for as many epochs, on the candidate's rows and those that judged it. What comes of it counts
+at the strength at which the candidate passed. It is looked at once more for what can be told without turns
+held out (numbers, size, drift); if that fails, the candidate is published as it was judged.
+
+That takes as long as the candidate did. A few steps over the newest rows, from the candidate on, would take a
+fifth of it, and lose most of what the candidate gained: `benchmarks/results/README.md` has both.
 """
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.adapter_files import LoraWeights
 from engine.weights import LoadedModel
-from personalization.gate import Gate, GatePolicy
+from personalization.gate import Gate, GatePolicy, scaled
 from personalization.prompt import Example
-from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, train
+from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, plan, train
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A candidate as it was judged, the rows it was trained on, and those of the turns that judged it."""
+    """What an accepted candidate was trained from, the rows of the turns that judged it, and the strength at
+    which it passed."""
 
-    weights: LoraWeights
     train: Sequence[Example]
     newest: Sequence[Example]
     seed: int
+    start: LoraWeights | None = None
+    strength: float = 1.0
 
 
 def finish(
@@ -37,25 +42,21 @@ def finish(
     people_at_once: int = PEOPLE_AT_ONCE,
 ) -> list[LoraWeights | None]:
     """Each candidate with its newest turns learned; None where there is none, or that cannot be published."""
-    people = [Person(_rows(each), each.seed, each.weights) for each in accepted if each is not None]
-    trained = train(model, people, recipe, people_at_once=people_at_once)
-    faults = gate.faults([each.weights for each in trained], policy)
+    chosen = [each for each in accepted if each is not None]
+    trained = train(model, [_anew(each, recipe) for each in chosen], recipe, people_at_once=people_at_once)
+    learned = [scaled(each.weights, one.strength) for each, one in zip(trained, chosen, strict=True)]
+    faults = gate.faults(learned, policy)
     done = (
-        each.weights if fault is None and each.error is None and each.steps else None
-        for each, fault in zip(trained, faults, strict=True)
+        weights if fault is None and each.error is None and each.steps else None
+        for weights, each, fault in zip(learned, trained, faults, strict=True)
     )
     return [None if each is None else next(done) for each in accepted]
 
 
-def _rows(accepted: Accepted) -> list[Example]:
-    """The newest rows, and as many tokens of the others, drawn at random."""
-    rows = list(accepted.newest)
-    room = sum(len(row.token_ids) for row in rows)
-    older = list(accepted.train)
-    random.Random(accepted.seed).shuffle(older)
-    for row in older:
-        if room <= 0:
-            break
-        room -= len(row.token_ids)
-        rows.append(row)
-    return rows
+def _anew(accepted: Accepted, recipe: Recipe) -> Person:
+    """Whom to train: on all rows, for the candidate's number of epochs. By itself, the recipe might have
+    fewer for more rows."""
+    epochs = 1 + max((step.epoch for step in plan(accepted.train, recipe, accepted.seed)), default=0)
+    rows = [*accepted.train, *accepted.newest]
+    own = replace(recipe, epochs=epochs, most_steps=None)
+    return Person(rows, accepted.seed, accepted.start, recipe=own)

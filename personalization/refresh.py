@@ -68,7 +68,6 @@ class RefreshPolicy:
     recipe          as `benchmarks/sweep_learning.py` chose it. Rows and steps of 1024 tokens gain as much as
                     those of 512 and drift less. A long history, learned three times over, made its person
                     worse, so it is seen once
-    finish_rate     of the recipe's learning rate, with which the gate's turns are learned once it has judged
     """
 
     minimum_turns: int = 50
@@ -82,12 +81,6 @@ class RefreshPolicy:
         default_factory=lambda: Recipe(learning_rate=2e-3, tokens_per_step=1024, most_steps=32)
     )
     gate: GatePolicy = field(default_factory=GatePolicy)
-    finish_rate: float = 0.5
-
-    @property
-    def finish(self) -> Recipe:
-        """How the newest turns are learned after the verdict."""
-        return replace(self.recipe, learning_rate=self.recipe.learning_rate * self.finish_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +160,7 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, anew: b
     training = set(prepared)
     tasks = [each.task for each in prepared.values()]
     policy = kit.policy
-    batch = kit.trainer.run(tasks, policy.recipe, policy.gate, finish=policy.finish)
+    batch = kit.trainer.run(tasks, policy.recipe, policy.gate, finish=True)
     async with aclosing(batch):
         async for event in batch:
             if isinstance(event, Progress):

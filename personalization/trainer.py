@@ -158,10 +158,10 @@ class Trainer:
         recipe: Recipe,
         policy: GatePolicy,
         *,
-        finish: Recipe | None = None,
+        finish: bool = False,
     ) -> AsyncGenerator[Progress | Judging | Stranded | Judged, None]:
         """Train and judge `tasks`; every one of them ends in a Judged, or in a Stranded. Raises TrainerDied.
-        `finish`: how the newest turns of those accepted are learned; None: not at all.
+        `finish`: the newest turns of those accepted are learned too.
 
         Leaving the iterator early, or being cancelled in it, ends the process: what it computes is wanted no
         more.
@@ -170,7 +170,7 @@ class Trainer:
             "tasks": [_pack_task(task) for task in tasks],
             "recipe": asdict(recipe),
             "policy": asdict(policy),
-            "finish": None if finish is None else asdict(finish),
+            "finish": finish,
             "people_at_once": self._settings.people_at_once,
         }
         finished = False
@@ -329,7 +329,6 @@ def _run_batch(
 ) -> None:
     model = base.model
     recipe, policy = Recipe(**_tuples(request["recipe"])), GatePolicy(**_tuples(request["policy"]))
-    finishing = None if request["finish"] is None else Recipe(**_tuples(request["finish"]))
     at_once = request["people_at_once"]
     if base.lender is not None and base.lender.is_busy:
         at_once = people_at_once(model.config, recipe, at_once)
@@ -344,12 +343,12 @@ def _run_batch(
             scaled(each.weights, verdict.strength) for each, verdict in zip(trained, verdicts, strict=True)
         ]
         finished: Sequence[LoraWeights | None] = [None] * len(mine)
-        if finishing is not None:
+        if request["finish"]:
             accepted = [
-                learner.accepted(candidate) if verdict.accepted else None
-                for learner, candidate, verdict in zip(mine, candidates, verdicts, strict=True)
+                learner.accepted(verdict.strength) if verdict.accepted else None
+                for learner, verdict in zip(mine, verdicts, strict=True)
             ]
-            finished = finish(model, gate, accepted, finishing, policy, people_at_once=at_once)
+            finished = finish(model, gate, accepted, recipe, policy, people_at_once=at_once)
         for place, learner in enumerate(mine):
             judged = Judged(
                 learner.task.id,
@@ -375,8 +374,9 @@ class _Learner:
     def person(self) -> Person:
         return Person(self.task.train, self.task.seed, self.serving or self.start)
 
-    def accepted(self, candidate: LoraWeights) -> Accepted:
-        return Accepted(candidate, self.task.train, self.task.newest, self.task.seed)
+    def accepted(self, strength: float) -> Accepted:
+        task = self.task
+        return Accepted(task.train, task.newest, task.seed, self.serving or self.start, strength)
 
 
 def _learners(

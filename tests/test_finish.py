@@ -1,15 +1,17 @@
 """After the verdict: what judged is learned too, by those for whom that goes well."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from engine.adapter_files import LoraWeights
 from engine.weights import LoadedModel
-from personalization.finish import Accepted, finish
-from personalization.gate import Gate, GatePolicy
+from personalization.finish import Accepted, _anew, finish
+from personalization.gate import Gate, GatePolicy, scaled
 from personalization.prompt import Example
 from personalization.score import next_token, token_losses
-from personalization.train import Person, Recipe, train
+from personalization.train import Person, Recipe, plan, train
 from tests.small_model import habits, small_model
 
 RECIPE = Recipe(rank=4, alpha=8, learning_rate=5e-3, epochs=2, tokens_per_step=32)
@@ -48,15 +50,42 @@ def test_the_newest_rows_are_learned_and_the_older_ones_are_not_lost(
     model: LoadedModel, judged: list[LoraWeights]
 ) -> None:
     gate = Gate(model, habits(13, 4))
-    (weights,) = finish(model, gate, [Accepted(judged[0], ROWS, NEWEST, 3)], RECIPE, POLICY)
+    (weights,) = finish(model, gate, [Accepted(ROWS, NEWEST, 1)], RECIPE, POLICY)
     assert loss(model, weights) < loss(model, judged[0]) - 0.3
     old = [float(torch.cat(token_losses(model, ROWS, each)).mean()) for each in (judged[0], weights, None)]
     assert old[1] - old[0] < 0.3 * (old[2] - old[0])
 
 
-def test_company_changes_nothing(model: LoadedModel, judged: list[LoraWeights]) -> None:
+def test_without_newest_rows_the_candidate_comes_again_at_its_strength_from_where_it_began(
+    model: LoadedModel, judged: list[LoraWeights]
+) -> None:
     gate = Gate(model, habits(13, 4))
-    people = [Accepted(judged[0], ROWS, NEWEST, 3), Accepted(judged[1], habits(2, 20), habits(6, 3), 4)]
+    anew, weaker = finish(
+        model, gate, [Accepted(ROWS, [], 1), Accepted(ROWS, [], 1, None, 0.5)], RECIPE, POLICY
+    )
+    assert loss(model, anew) == pytest.approx(loss(model, judged[0]), abs=1e-4)
+    assert loss(model, weaker) == pytest.approx(loss(model, scaled(judged[0], 0.5)), abs=1e-4)
+    (carried_on,) = finish(model, gate, [Accepted(ROWS, [], 1, judged[1])], RECIPE, POLICY)
+    (expected,) = train(model, [Person(ROWS, 1, judged[1])], RECIPE)
+    assert loss(model, carried_on) == pytest.approx(loss(model, expected.weights), abs=1e-4)
+
+
+def test_more_rows_cost_no_epoch_that_the_candidate_had() -> None:
+    rows = habits(1, 24)
+    steps = len(plan(rows, RECIPE, 3))
+    tight = replace(RECIPE, most_steps=steps)
+    assert len({step.epoch for step in plan([*rows, *NEWEST], tight, 3)}) == RECIPE.epochs - 1
+    person = _anew(Accepted(rows, NEWEST, 3), tight)
+    assert person.recipe is not None
+    assert len({step.epoch for step in plan(person.examples, person.recipe, 3)}) == RECIPE.epochs
+    once = _anew(Accepted(rows, NEWEST, 3), replace(RECIPE, most_steps=1))
+    assert once.recipe is not None
+    assert once.recipe.epochs == 1
+
+
+def test_company_changes_nothing(model: LoadedModel) -> None:
+    gate = Gate(model, habits(13, 4))
+    people = [Accepted(ROWS, NEWEST, 3), Accepted(habits(2, 20), habits(6, 3), 4)]
     together = finish(model, gate, people, RECIPE, POLICY)
     for person, beside in zip(people, together, strict=True):
         (alone,) = finish(model, gate, [person], RECIPE, POLICY)
@@ -72,10 +101,10 @@ def test_company_changes_nothing(model: LoadedModel, judged: list[LoraWeights]) 
     ],
 )
 def test_who_would_be_refused_for_it_stays_as_judged(
-    model: LoadedModel, judged: list[LoraWeights], policy: GatePolicy, reason: str
+    model: LoadedModel, policy: GatePolicy, reason: str
 ) -> None:
     gate = Gate(model, calm(model))
-    person = Accepted(judged[0], ROWS, NEWEST, 3)
+    person = Accepted(ROWS, NEWEST, 3)
     (learned,) = finish(model, gate, [person], RECIPE, POLICY)
     assert learned is not None
     (fault,) = gate.faults([learned], policy)
