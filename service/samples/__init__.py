@@ -1,8 +1,9 @@
 """Three invented people to try the service with, each a history in the interchange format.
 
-They exist so that a first visitor sees a difference within a minute: each has a voice of their own, and the
-replies in their history were put right by them, or rated up, until they sounded as they like to be answered.
-Nobody real wrote any of it. A sample person is imported, refreshed, exported and forgotten like anyone else.
+They exist so that a first visitor sees a difference within two minutes: each has a voice of their own, and
+the replies in their history were put right by them, or rated up, until they sounded as they like to be
+answered. Nobody real wrote any of it. A sample person is imported, refreshed, exported and forgotten like
+anyone else.
 """
 
 from collections.abc import Awaitable, Callable
