@@ -179,14 +179,15 @@ def adapter_of(index, tables, tile_strides, tiles, module):
 
 
 @triton.jit
-def b_offset(table, stride, count, entry, tile, WIDE: tl.constexpr):
-    """Element offset of a tile of B, or of each of several; -1 beyond the adapter's own.
+def tile_offset(table, stride, count, matrix, tile, WIDE: tl.constexpr):
+    """Element offset of a tile, or of each of several; -1 beyond the adapter's own. `matrix` is twice the
+    entry for A, one more for B.
 
-    A thread loads WIDE columns at once, since the compiler is told that offsets are multiples of it. They are
+    A thread loads WIDE numbers at once, since the compiler is told that offsets are multiples of it. They are
     of 8, but a program of few columns has no 8 for each thread: it would give threads a part of the rank rows
     instead, and sums would have to travel between them.
     """
-    return tl.multiple_of(tl.load(table + (entry * 2 + 1) * stride + tile, mask=tile < count, other=-1), WIDE)
+    return tl.multiple_of(tl.load(table + matrix * stride + tile, mask=tile < count, other=-1), WIDE)
 
 
 @triton.jit
@@ -214,17 +215,17 @@ def expand_row(
 ):  # fmt: skip
     """sum_r v[row, slot, r] * B[r, columns] of the row's adapter -> float32; waits for v."""
     table, stride, count = adapter_of(row, tables, tile_strides, tiles, module)
-    entry = layer * NUM_MODULES + module
+    matrix = (layer * NUM_MODULES + module) * 2 + 1
     place = row.to(tl.int64) * stride_v + slot * MAX_RANK
-    offset = b_offset(table, stride, count, entry, 0, WIDE)
+    offset = tile_offset(table, stride, count, matrix, 0, WIDE)
     b = load_b(arena, offset, columns, is_column, width)
     wait(PDL)
     u = load_v(v, stride_split, splits, place, offset, SPLITS)
     # In each turn, where the next tile lies is asked for while this one is fetched.
-    following = b_offset(table, stride, count, entry, 1, WIDE)
+    following = tile_offset(table, stride, count, matrix, 1, WIDE)
     y = tl.sum(u[:, None] * b.to(tl.float32), axis=0)
     for tile in range(1, count):
-        offset, following = following, b_offset(table, stride, count, entry, tile + 1, WIDE)
+        offset, following = following, tile_offset(table, stride, count, matrix, tile + 1, WIDE)
         b = load_b(arena, offset, columns, is_column, width)
         u = load_v(v, stride_split, splits, place + tile * TILE, offset, SPLITS)
         y += tl.sum(u[:, None] * b.to(tl.float32), axis=0)
@@ -240,25 +241,25 @@ def expand_row_pair(
     """`expand_row` for two sets of columns at once, of one module or of two."""
     table, stride, count_0 = adapter_of(row, tables, tile_strides, tiles, module_0)
     table, stride, count_1 = adapter_of(row, tables, tile_strides, tiles, module_1)
-    entry_0 = layer * NUM_MODULES + module_0
-    entry_1 = layer * NUM_MODULES + module_1
+    matrix_0 = (layer * NUM_MODULES + module_0) * 2 + 1
+    matrix_1 = (layer * NUM_MODULES + module_1) * 2 + 1
     place_0 = row.to(tl.int64) * stride_v + slot_0 * MAX_RANK
     place_1 = row.to(tl.int64) * stride_v + slot_1 * MAX_RANK
-    offset_0 = b_offset(table, stride, count_0, entry_0, 0, WIDE)
-    offset_1 = b_offset(table, stride, count_1, entry_1, 0, WIDE)
+    offset_0 = tile_offset(table, stride, count_0, matrix_0, 0, WIDE)
+    offset_1 = tile_offset(table, stride, count_1, matrix_1, 0, WIDE)
     b_0 = load_b(arena, offset_0, columns_0, is_column_0, width)
     b_1 = load_b(arena, offset_1, columns_1, is_column_1, width)
     wait(PDL)
     u_0 = load_v(v, stride_split, splits, place_0, offset_0, SPLITS)
     u_1 = load_v(v, stride_split, splits, place_1, offset_1, SPLITS)
-    following_0 = b_offset(table, stride, count_0, entry_0, 1, WIDE)
-    following_1 = b_offset(table, stride, count_1, entry_1, 1, WIDE)
+    following_0 = tile_offset(table, stride, count_0, matrix_0, 1, WIDE)
+    following_1 = tile_offset(table, stride, count_1, matrix_1, 1, WIDE)
     y_0 = tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
     y_1 = tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
     for tile in range(1, tl.maximum(count_0, count_1)):
         offset_0, offset_1 = following_0, following_1
-        following_0 = b_offset(table, stride, count_0, entry_0, tile + 1, WIDE)
-        following_1 = b_offset(table, stride, count_1, entry_1, tile + 1, WIDE)
+        following_0 = tile_offset(table, stride, count_0, matrix_0, tile + 1, WIDE)
+        following_1 = tile_offset(table, stride, count_1, matrix_1, tile + 1, WIDE)
         b_0 = load_b(arena, offset_0, columns_0, is_column_0, width)
         b_1 = load_b(arena, offset_1, columns_1, is_column_1, width)
         u_0 = load_v(v, stride_split, splits, place_0 + tile * TILE, offset_0, SPLITS)
@@ -298,9 +299,7 @@ def _shrink_prompts_kernel(
         rows = (row + i).to(tl.int64)
         end = tl.minimum(K, (chunk + 1) * CHUNK)
         for begin in range(0, tiles_here * TILE, RANKS):
-            p = (begin + j) // TILE
-            offsets = tl.load(table + entry * 2 * stride + p, mask=p < tiles_here, other=-1)
-            offsets = tl.multiple_of(offsets, TILE)
+            offsets = tile_offset(table, stride, tiles_here, entry * 2, (begin + j) // TILE, TILE)
             u = tl.zeros((ROWS, RANKS), dtype=tl.float32)
             for k0 in range(chunk * CHUNK, end, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
@@ -362,7 +361,7 @@ def _expand_prompts_kernel(
             rows = (row + i).to(tl.int64)
             delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             for begin in range(0, tiles_here * TILE, RANKS):
-                offsets = b_offset(table, stride, tiles_here, entry, (begin + j) // TILE, TILE)
+                offsets = tile_offset(table, stride, tiles_here, entry * 2 + 1, (begin + j) // TILE, TILE)
                 b = tl.load(
                     arena + offsets[:, None] + (j % TILE)[:, None] * width + columns[None, :],
                     mask=(offsets >= 0)[:, None] & is_column[None, :],
