@@ -343,9 +343,7 @@ def _gated(
         for candidate, verdict in zip(candidates, verdicts, strict=True)
     ]
     accepted = [
-        Accepted(lesson.train, lesson.newest, person.seed, person.start, verdict.strength)
-        if verdict.accepted
-        else None
+        Accepted(person, lesson.newest, verdict.strength) if verdict.accepted else None
         for verdict, person, lesson in zip(verdicts, people, lessons, strict=True)
     ]
     done = finish(

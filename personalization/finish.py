@@ -6,8 +6,9 @@ same recipe and for as many epochs, on the candidate's rows and those that judge
 at the strength at which the candidate passed. It is looked at once more for what can be told without turns
 held out (numbers, size, drift); if that fails, the candidate is published as it was judged.
 
-That takes as long as the candidate did. A few steps over the newest rows, from the candidate on, would take a
-fifth of it, and lose most of what the candidate gained: `benchmarks/results/README.md` has both.
+That takes as long as the candidate did. Steps from the candidate on, over the newest rows and a few others,
+take a fifth of it at most, but throw away what the candidate gained, or hardly learn:
+`benchmarks/results/README.md` has both.
 """
 
 from collections.abc import Sequence
@@ -22,13 +23,11 @@ from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, plan, train
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What an accepted candidate was trained from, the rows of the turns that judged it, and the strength at
+    """Whom an accepted candidate was trained as, the rows of the turns that judged it, and the strength at
     which it passed."""
 
-    train: Sequence[Example]
+    person: Person
     newest: Sequence[Example]
-    seed: int
-    start: LoraWeights | None = None
     strength: float = 1.0
 
 
@@ -56,7 +55,7 @@ def finish(
 def _anew(accepted: Accepted, recipe: Recipe) -> Person:
     """Whom to train: on all rows, for the candidate's number of epochs. By itself, the recipe might have
     fewer for more rows."""
-    epochs = 1 + max((step.epoch for step in plan(accepted.train, recipe, accepted.seed)), default=0)
-    rows = [*accepted.train, *accepted.newest]
+    person = accepted.person
+    epochs = 1 + max((step.epoch for step in plan(person.examples, recipe, person.seed)), default=0)
     own = replace(recipe, epochs=epochs, most_steps=None)
-    return Person(rows, accepted.seed, accepted.start, recipe=own)
+    return replace(person, examples=[*person.examples, *accepted.newest], recipe=own)

@@ -160,7 +160,7 @@ async def refresh(users: Sequence[str], kit: Kit, say: Say, end: End, *, anew: b
     training = set(prepared)
     tasks = [each.task for each in prepared.values()]
     policy = kit.policy
-    batch = kit.trainer.run(tasks, policy.recipe, policy.gate, finish=True)
+    batch = kit.trainer.run(tasks, policy.recipe, policy.gate)
     async with aclosing(batch):
         async for event in batch:
             if isinstance(event, Progress):

@@ -153,15 +153,9 @@ class Trainer:
             return self._base_hash
 
     async def run(
-        self,
-        tasks: Sequence[Task],
-        recipe: Recipe,
-        policy: GatePolicy,
-        *,
-        finish: bool = False,
+        self, tasks: Sequence[Task], recipe: Recipe, policy: GatePolicy
     ) -> AsyncGenerator[Progress | Judging | Stranded | Judged, None]:
         """Train and judge `tasks`; every one of them ends in a Judged, or in a Stranded. Raises TrainerDied.
-        `finish`: the newest turns of those accepted are learned too.
 
         Leaving the iterator early, or being cancelled in it, ends the process: what it computes is wanted no
         more.
@@ -170,7 +164,6 @@ class Trainer:
             "tasks": [_pack_task(task) for task in tasks],
             "recipe": asdict(recipe),
             "policy": asdict(policy),
-            "finish": finish,
             "people_at_once": self._settings.people_at_once,
         }
         finished = False
@@ -342,13 +335,11 @@ def _run_batch(
         candidates = [
             scaled(each.weights, verdict.strength) for each, verdict in zip(trained, verdicts, strict=True)
         ]
-        finished: Sequence[LoraWeights | None] = [None] * len(mine)
-        if request["finish"]:
-            accepted = [
-                learner.accepted(verdict.strength) if verdict.accepted else None
-                for learner, verdict in zip(mine, verdicts, strict=True)
-            ]
-            finished = finish(model, gate, accepted, recipe, policy, people_at_once=at_once)
+        accepted = [
+            learner.accepted(verdict.strength) if verdict.accepted and learner.task.newest else None
+            for learner, verdict in zip(mine, verdicts, strict=True)
+        ]
+        finished = finish(model, gate, accepted, recipe, policy, people_at_once=at_once)
         for place, learner in enumerate(mine):
             judged = Judged(
                 learner.task.id,
@@ -375,8 +366,7 @@ class _Learner:
         return Person(self.task.train, self.task.seed, self.serving or self.start)
 
     def accepted(self, strength: float) -> Accepted:
-        task = self.task
-        return Accepted(task.train, task.newest, task.seed, self.serving or self.start, strength)
+        return Accepted(self.person(), self.task.newest, strength)
 
 
 def _learners(

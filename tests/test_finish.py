@@ -50,7 +50,7 @@ def test_the_newest_rows_are_learned_and_the_older_ones_are_not_lost(
     model: LoadedModel, judged: list[LoraWeights]
 ) -> None:
     gate = Gate(model, habits(13, 4))
-    (weights,) = finish(model, gate, [Accepted(ROWS, NEWEST, 1)], RECIPE, POLICY)
+    (weights,) = finish(model, gate, [Accepted(Person(ROWS, 1), NEWEST)], RECIPE, POLICY)
     assert loss(model, weights) < loss(model, judged[0]) - 0.3
     old = [float(torch.cat(token_losses(model, ROWS, each)).mean()) for each in (judged[0], weights, None)]
     assert old[1] - old[0] < 0.3 * (old[2] - old[0])
@@ -61,11 +61,11 @@ def test_without_newest_rows_the_candidate_comes_again_at_its_strength_from_wher
 ) -> None:
     gate = Gate(model, habits(13, 4))
     anew, weaker = finish(
-        model, gate, [Accepted(ROWS, [], 1), Accepted(ROWS, [], 1, None, 0.5)], RECIPE, POLICY
+        model, gate, [Accepted(Person(ROWS, 1), []), Accepted(Person(ROWS, 1), [], 0.5)], RECIPE, POLICY
     )
     assert loss(model, anew) == pytest.approx(loss(model, judged[0]), abs=1e-4)
     assert loss(model, weaker) == pytest.approx(loss(model, scaled(judged[0], 0.5)), abs=1e-4)
-    (carried_on,) = finish(model, gate, [Accepted(ROWS, [], 1, judged[1])], RECIPE, POLICY)
+    (carried_on,) = finish(model, gate, [Accepted(Person(ROWS, 1, judged[1]), [])], RECIPE, POLICY)
     (expected,) = train(model, [Person(ROWS, 1, judged[1])], RECIPE)
     assert loss(model, carried_on) == pytest.approx(loss(model, expected.weights), abs=1e-4)
 
@@ -75,17 +75,17 @@ def test_more_rows_cost_no_epoch_that_the_candidate_had() -> None:
     steps = len(plan(rows, RECIPE, 3))
     tight = replace(RECIPE, most_steps=steps)
     assert len({step.epoch for step in plan([*rows, *NEWEST], tight, 3)}) == RECIPE.epochs - 1
-    person = _anew(Accepted(rows, NEWEST, 3), tight)
+    person = _anew(Accepted(Person(rows, 3), NEWEST), tight)
     assert person.recipe is not None
     assert len({step.epoch for step in plan(person.examples, person.recipe, 3)}) == RECIPE.epochs
-    once = _anew(Accepted(rows, NEWEST, 3), replace(RECIPE, most_steps=1))
+    once = _anew(Accepted(Person(rows, 3), NEWEST), replace(RECIPE, most_steps=1))
     assert once.recipe is not None
     assert once.recipe.epochs == 1
 
 
 def test_company_changes_nothing(model: LoadedModel) -> None:
     gate = Gate(model, habits(13, 4))
-    people = [Accepted(ROWS, NEWEST, 3), Accepted(habits(2, 20), habits(6, 3), 4)]
+    people = [Accepted(Person(ROWS, 3), NEWEST), Accepted(Person(habits(2, 20), 4), habits(6, 3))]
     together = finish(model, gate, people, RECIPE, POLICY)
     for person, beside in zip(people, together, strict=True):
         (alone,) = finish(model, gate, [person], RECIPE, POLICY)
@@ -104,7 +104,7 @@ def test_who_would_be_refused_for_it_stays_as_judged(
     model: LoadedModel, policy: GatePolicy, reason: str
 ) -> None:
     gate = Gate(model, calm(model))
-    person = Accepted(ROWS, NEWEST, 3)
+    person = Accepted(Person(ROWS, 3), NEWEST)
     (learned,) = finish(model, gate, [person], RECIPE, POLICY)
     assert learned is not None
     (fault,) = gate.faults([learned], policy)

@@ -501,7 +501,7 @@ def test_who_judges_long_or_learns_long_after_the_verdict_is_heard_of(
     lesson = choose(talk("ann", 60), [], 0, renderer, POLICY)
     task = Task("aa", lesson.train, lesson.gate, None, 1, newest=lesson.newest)
     parts = {"recipe": POLICY.recipe, "policy": POLICY.gate}
-    request: dict[str, Any] = {"tasks": [_pack_task(task)], "people_at_once": 1, "finish": True}
+    request: dict[str, Any] = {"tasks": [_pack_task(task)], "people_at_once": 1}
     request |= {name: dataclasses.asdict(part) for name, part in parts.items()}
     model, told = load_model(folder), list[dict[str, Any]]()
     _run_batch(_Base(model), Gate(model, lesson.gate), request, told.append)
