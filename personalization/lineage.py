@@ -1,8 +1,8 @@
 """Which versions learned from which turns, and where the next refresh starts. Pure: asked of the records and
 of what may be learned now, so that it can never disagree with either.
 
-A version has seen the turns it was trained on and those of every version it was carried on from. It is marked
-once one of them may no longer be learned: taken out by the person, rated down, put right.
+A version has seen the turns it was trained on, and one that was carried on from its parent those of that one
+too. It is marked once one of them may no longer be learned: taken out by the person, rated down, put right.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,17 +16,18 @@ def seen(records: Sequence[VersionRecord], version: int) -> frozenset[str]:
     ids: set[str] = set()
     while (record := by_version.pop(version, None)) is not None:
         ids.update(record.turn_ids)
-        version = record.parent
+        version = 0 if record.anew else record.parent
     return frozenset(ids)
 
 
 def marks(records: Sequence[VersionRecord], learnable: Collection[str]) -> dict[int, frozenset[str]]:
     """The marked ones among the published versions, each with the turns it has seen that are not in
-    `learnable`. Reads each record once: a person of a year has hundreds, each carried on from the last."""
+    `learnable`. Reads each record once: a person of a year has hundreds."""
     may = frozenset(learnable)
     gone: dict[int, frozenset[str]] = {}
     for record in sorted(records, key=lambda record: record.version):  # a parent is older
-        gone[record.version] = frozenset(record.turn_ids) - may | gone.get(record.parent, frozenset())
+        inherited = frozenset() if record.anew else gone.get(record.parent, frozenset())
+        gone[record.version] = frozenset(record.turn_ids) - may | inherited
     return {each.version: gone[each.version] for each in records if each.accepted and gone[each.version]}
 
 

@@ -271,6 +271,7 @@ def _record(version: int, meta: dict[str, Any], *, accepted: bool = True) -> Ver
         examples=meta["examples"],
         turn_ids=tuple(meta["turn_ids"]),
         population=meta["population"],
+        anew=meta.get("anew", False),
     )
 
 

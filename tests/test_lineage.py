@@ -10,18 +10,28 @@ from personalization.store import VersionRecord
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
 
-def record(version: int, parent: int, turns: str, *, accepted: bool = True) -> VersionRecord:
+def record(
+    version: int, parent: int, turns: str, *, accepted: bool = True, anew: bool = False
+) -> VersionRecord:
     """`turns`: one letter for each turn it was trained on."""
-    return VersionRecord(version, parent, NOW, accepted, "", {}, 1, tuple(turns))
+    return VersionRecord(version, parent, NOW, accepted, "", {}, 1, tuple(turns), anew=anew)
 
 
 CHAIN = [record(1, 0, "ab"), record(2, 1, "cd"), record(3, 2, "e", accepted=False), record(4, 2, "ef")]
 
 
-def test_a_version_has_seen_its_own_turns_and_its_ancestors():
+def test_a_version_that_was_carried_on_has_seen_its_own_turns_and_its_ancestors():
     assert seen(CHAIN, 4) == set("abcdef")
     assert seen(CHAIN, 2) == set("abcd")
     assert seen(CHAIN, 0) == set()
+
+
+def test_a_version_trained_anew_has_seen_its_own_turns_alone_and_passes_on_no_more():
+    records = [*CHAIN, record(5, 4, "acg", anew=True), record(6, 5, "h")]
+    assert seen(records, 5) == set("acg")
+    assert seen(records, 6) == set("acgh")
+    assert marks(records, "acdefgh") == {1: {"b"}, 2: {"b"}, 4: {"b"}}
+    assert marks(records, "abcdefh") == {5: {"g"}, 6: {"g"}}
 
 
 def test_taking_out_a_turn_marks_every_published_version_that_saw_it_and_no_other():
@@ -65,13 +75,16 @@ def test_what_is_marked_is_found_by_reading_each_record_once():
     assert len(reads) == 200
 
 
-DRAWN = st.lists(st.tuples(st.integers(0, 5), st.sets(st.sampled_from("abcdef")), st.booleans()), max_size=6)
+DRAWN = st.lists(
+    st.tuples(st.integers(0, 5), st.sets(st.sampled_from("abcdef")), st.booleans(), st.booleans()),
+    max_size=6,
+)
 
 
-def made(drawn: Sequence[tuple[int, set[str], bool]]) -> list[VersionRecord]:
+def made(drawn: Sequence[tuple[int, set[str], bool, bool]]) -> list[VersionRecord]:
     return [
-        record(number, min(parent, number - 1), "".join(turns), accepted=accepted)
-        for number, (parent, turns, accepted) in enumerate(drawn, start=1)
+        record(number, min(parent, number - 1), "".join(turns), accepted=accepted, anew=anew)
+        for number, (parent, turns, accepted, anew) in enumerate(drawn, start=1)
     ]
 
 
