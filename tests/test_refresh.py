@@ -22,7 +22,7 @@ from personalization.history import learned
 from personalization.lineage import marks
 from personalization.prompt import Example, Renderer
 from personalization.publish import DiskFull, Shelf
-from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
+from personalization.refresh import Kit, Lesson, Outcome, RefreshPolicy, choose, refresh
 from personalization.score import token_losses
 from personalization.store import Store, StoreUnavailable, connect
 from personalization.train import Recipe
@@ -487,23 +487,24 @@ async def test_it_is_left_too_when_too_little_remains_to_learn_from(kit: Kit, st
 
 
 def test_a_turn_taken_out_is_in_no_row_not_even_as_context(renderer: Renderer):
-    turns = [
-        dataclasses.replace(turn, text="w49 w48 w47 w46", removed=True) if turn.id == "ann-30" else turn
-        for turn in talk("ann", 60)
-    ]
-    words = tuple(renderer.example([turns[30]]).token_ids)[1:-1]
-    lesson = choose(turns, (), renderer, dataclasses.replace(POLICY, row_tokens=64))
-    late = [dataclasses.replace(turns[30], id="late", at=turns[-2].at), *turns]
-    assert "late" not in choose(late, (), renderer, POLICY).newest_turns
-    for row in choose(late, (), renderer, POLICY).newest:
-        assert not any(row.token_ids[at : at + len(words)] == words for at in range(len(row.token_ids)))
-    assert "ann-30" not in lesson.all_turns
-    assert len(lesson.trained_turns) == 53
-    assert not any(
-        row.token_ids[at : at + len(words)] == words
-        for row in lesson.train
-        for at in range(len(row.token_ids))
-    )
+    policy = dataclasses.replace(POLICY, row_tokens=256)  # it would be in the middle of a row
+    turns = talk("ann", 60)
+    for place in (30, 57):  # of those to train on, and of those that judge
+        turns[place] = dataclasses.replace(turns[place], text="w49 w48 w47 w46")
+
+    def rows_with_it(lesson: Lesson) -> list[int]:
+        return [
+            sum("49 48 47 46" in " ".join(map(str, row.token_ids)) for row in rows)
+            for rows in (lesson.train, lesson.newest)
+        ]
+
+    assert rows_with_it(choose(turns, (), renderer, policy)) == [1, 1]
+    for place in (30, 57):
+        turns[place] = dataclasses.replace(turns[place], removed=True)
+    lesson = choose(turns, (), renderer, policy)
+    assert rows_with_it(lesson) == [0, 0]
+    assert not {"ann-30", "ann-57"} & {*lesson.all_turns, *lesson.trained_turns, *lesson.newest_turns}
+    assert (len(lesson.trained_turns), len(lesson.newest_turns)) == (52, 6)
 
 
 @on_one_loop
