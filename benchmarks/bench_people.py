@@ -127,7 +127,7 @@ def stacked_against_solo(
     model = load_model(folder, device=device.type, dtype=dtype)
     chosen = people[:: max(1, len(people) // count)][:count]
     trainees = [
-        Person(choose(each.history, [], 0, renderer, policy).train, seed) for seed, each in enumerate(chosen)
+        Person(choose(each.history, (), renderer, policy).train, seed) for seed, each in enumerate(chosen)
     ]
     train(model, trainees[:2], policy.recipe)  # warm: kernels chosen, memory mapped
     seconds: dict[str, list[float]] = {"stacked": [], "solo": []}

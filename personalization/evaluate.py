@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from personalization.neutral import neutral_rows
 from personalization.prompt import Example, Renderer
 from personalization.refresh import Lesson, RefreshPolicy, choose
 from personalization.score import losses_of_many, next_token
-from personalization.store_records import VersionRecord
 from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, train
 
 GATE_SHARE = 0.125  # of the turns before the test: 10 % of all
@@ -242,7 +240,7 @@ def subject_of(user: str, turns: Sequence[Turn], bench: Bench) -> Subject | None
     before = [*parts.history, *parts.gate]
     if sum(map(learned, before)) < bench.policy.minimum_turns:
         return None
-    lesson = choose(before, [], 0, bench.renderer, bench.policy)
+    lesson = choose(before, (), bench.renderer, bench.policy)
     known = {words(turn) for turn in before if learned(turn)}
     fresh = [turn for turn in parts.test if learned(turn) and words(turn) not in known]
     wanted = {turn.id for turn in fresh}
@@ -589,7 +587,7 @@ def _curve(
             continue
         bench.say(f"learning from {count} turns: {len(here)} people")
         policy = replace(bench.policy, gate_fraction=0.0, most_turns=count)
-        lessons = [choose(_newest(subjects[at].history, count), [], 0, bench.renderer, policy) for at in here]
+        lessons = [choose(_newest(subjects[at].history, count), (), bench.renderer, policy) for at in here]
         people = [_person(lesson, at) for at, lesson in zip(here, lessons, strict=True)]
         after = _means(bench, _trained(bench, people, extent), [subjects[at].test for at in here])
         gains = [context[at] - loss for at, loss in zip(here, after, strict=True)]
@@ -613,10 +611,10 @@ def _in_a_row(
     once: Adapters,
     extent: Extent,
 ) -> dict[str, Any]:
-    """Refreshes as the history grows, each gated and carried on, against the one that had all of it."""
+    """Refreshes as the history grows, each trained anew over all of it so far and judged against the last one
+    that was published, against the one that had all of it at once."""
     serving: list[LoraWeights | None] = [None] * len(subjects)
-    version = [0] * len(subjects)
-    records: list[list[VersionRecord]] = [[] for _ in subjects]
+    seen: list[tuple[str, ...]] = [()] * len(subjects)
     accepted = 0
     for number in range(1, extent.refreshes + 1):
         bench.say(f"refresh {number} of {extent.refreshes} in a row")
@@ -624,29 +622,19 @@ def _in_a_row(
         for at, subject in enumerate(subjects):
             upto = subject.before[: len(subject.before) * number // extent.refreshes]
             if sum(map(learned, upto)) >= bench.policy.minimum_turns:
-                lesson = choose(upto, records[at], version[at], bench.renderer, bench.policy)
+                lesson = choose(upto, seen[at], bench.renderer, bench.policy)
                 if lesson.train and lesson.gate:
                     lessons[at] = lesson
-        people = [_person(lesson, 31 * at + number, serving[at]) for at, lesson in lessons.items()]
+        people = [_person(lesson, 31 * at + number) for at, lesson in lessons.items()]
         new, before = _trained(bench, people, extent), [serving[at] for at in lessons]
         gated = _gated(bench, gate, new, people, before, list(lessons.values()), extent)
         accepted += sum(verdict.accepted for verdict in gated.verdicts)
-        for (at, lesson), verdict, judged, published in zip(
-            lessons.items(), gated.verdicts, gated.judged, gated.published, strict=True
+        for (at, lesson), judged, published in zip(
+            lessons.items(), gated.judged, gated.published, strict=True
         ):
-            learned_last = () if published is judged else lesson.newest_turns
-            records[at].append(
-                VersionRecord(
-                    number,
-                    version[at],
-                    datetime(2026, 1, number, tzinfo=UTC),
-                    verdict.accepted,
-                    verdict.reason,
-                    turn_ids=(*lesson.trained_turns, *learned_last),
-                )
-            )
-            if verdict.accepted:
-                serving[at], version[at] = published, number
+            if published is not None:
+                learned_last = () if published is judged else lesson.newest_turns
+                serving[at], seen[at] = published, (*lesson.trained_turns, *learned_last)
     test = [subject.test for subject in subjects]
     oldest = [
         training_rows(

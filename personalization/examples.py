@@ -56,8 +56,8 @@ def hold_out(
     """Where the gate's part begins: it has the newest `gate_fraction` of the learned turns (one at least, if
     there are two; at most `most`), without those that repeat the words of a trained turn.
 
-    `known`: the ids that the version to go on from has learned; nobody can be judged by these, so the newest
-    of the others are held out then, and at most half of them."""
+    `known`: the ids that the version to be judged against has learned; nobody can be judged by these, so the
+    newest of the others are held out then, and at most half of them."""
     if not 0.0 <= gate_fraction < 1.0:
         raise ValueError(f"gate_fraction: expected 0 to below 1, got {gate_fraction}")
     said = _shown(sorted(turns, key=lambda turn: turn.at))

@@ -1,8 +1,8 @@
-"""Which versions learned from which turns, and where the next refresh starts. Pure: asked of the records and
-of what may be learned now, so that it can never disagree with either.
+"""Which versions learned from which turns, and which may go on answering. Pure: asked of the records and of
+what may be learned now, so that it can never disagree with either.
 
-A version has seen the turns it was trained on and those of every version it was carried on from. It is marked
-once one of them may no longer be learned: taken out by the person, rated down, put right.
+A version has seen the turns it was trained on, and one that was carried on from its parent those of that one
+too. It is marked once one of them may no longer be learned: taken out by the person, rated down, put right.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,30 +11,32 @@ from personalization.store_records import VersionRecord
 
 
 def seen(records: Sequence[VersionRecord], version: int) -> frozenset[str]:
-    """The ids of the turns that `version`, or one it was carried on from, was trained on."""
+    """The ids of the turns that went into `version`."""
     by_version = {record.version: record for record in records}
     ids: set[str] = set()
     while (record := by_version.pop(version, None)) is not None:
         ids.update(record.turn_ids)
-        version = record.parent
+        version = 0 if record.anew else record.parent
     return frozenset(ids)
 
 
 def marks(records: Sequence[VersionRecord], learnable: Collection[str]) -> dict[int, frozenset[str]]:
     """The marked ones among the published versions, each with the turns it has seen that are not in
-    `learnable`. Reads each record once: a person of a year has hundreds, each carried on from the last."""
+    `learnable`. Reads each record once: a person of a year has hundreds."""
     may = frozenset(learnable)
     gone: dict[int, frozenset[str]] = {}
     for record in sorted(records, key=lambda record: record.version):  # a parent is older
-        gone[record.version] = frozenset(record.turn_ids) - may | gone.get(record.parent, frozenset())
+        inherited = frozenset() if record.anew else gone.get(record.parent, frozenset())
+        gone[record.version] = frozenset(record.turn_ids) - may | inherited
     return {each.version: gone[each.version] for each in records if each.accepted and gone[each.version]}
 
 
-def start(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> int:
-    """The version that the next one is carried on from: the serving one, or when that is marked the newest
-    published one below it that is not, nor was rolled back; 0, the base, when there is none."""
+def clean(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> int:
+    """The version that answers if nothing better comes, and that the next one is judged against: the serving
+    one, or when that is marked the newest published one below it that is not, nor was rolled back; 0, the
+    base, when there is none."""
     marked = marks(records, learnable)
     if serving not in marked:
         return serving
-    clean = (each.version for each in records if each.usable and each.version not in marked)
-    return max((version for version in clean if version < serving), default=0)
+    unmarked = (each.version for each in records if each.usable and each.version not in marked)
+    return max((version for version in unmarked if version < serving), default=0)

@@ -1,4 +1,4 @@
-"""The population adapter: where everyone's first version starts, instead of at zero. It is trained on a file
+"""The population adapter: where everyone's versions start, instead of at zero. It is trained on a file
 that the operator chose and on nothing else: no store is opened here, so no user's turn can get in.
 
     <root>/<number>/      adapter_config.json, adapter_model.safetensors, attune.json

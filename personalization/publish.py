@@ -71,8 +71,8 @@ class UnknownVersion(PublishError, LookupError):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a version comes from; attune.json beside the weights. `parent` is the version it was carried on
-    from (0: none), `population` the population adapter that it began with (0: none), `numbers` are the
+    """Where a version comes from; attune.json beside the weights. `parent` is the version it was judged
+    against (0: none), `population` the population adapter that it began with (0: none), `numbers` are the
     gate's, `turn_ids` what it learned from, `seed` None for an imported one."""
 
     base_model: str
@@ -257,6 +257,7 @@ def _meta(version: int, origin: Origin) -> dict[str, Any]:
         "version": version,
         "created_at": origin.created_at.isoformat(),
         "turn_ids": list(origin.turn_ids),
+        "anew": True,  # where this is missing the version was carried on from its parent
     }
 
 
@@ -271,6 +272,7 @@ def _record(version: int, meta: dict[str, Any], *, accepted: bool = True) -> Ver
         examples=meta["examples"],
         turn_ids=tuple(meta["turn_ids"]),
         population=meta["population"],
+        anew=meta.get("anew", False),
     )
 
 

@@ -393,6 +393,7 @@ class Store:
             "examples": record.examples,
             "turn_ids": list(record.turn_ids),
             "population": record.population,
+            "anew": record.anew,
         }
         await self._fenced(
             lua.ADD_VERSION,
@@ -759,6 +760,7 @@ def _read_version(version: int, body: bytes, end: bytes | None = None) -> Versio
         turn_ids=tuple(record["turn_ids"]),
         trial=_read_end(version, end),
         population=record.get("population", 0),
+        anew=record.get("anew", False),
     )
 
 

@@ -124,7 +124,8 @@ class ConversationSummary:
 class VersionRecord:
     """One trained or imported version, accepted by the gate or not. `numbers` are the gate's; `turn_ids` what
     it was trained on; `trial` how its trial ended, if it had one that did; `population` the number of the
-    population adapter that it began with."""
+    population adapter that it began with; `anew`: it was trained from nothing else. Where that was
+    not noted yet, the version was carried on from its parent."""
 
     version: int
     parent: int
@@ -136,6 +137,7 @@ class VersionRecord:
     turn_ids: tuple[str, ...] = ()
     trial: TrialEnd | None = None
     population: int = 0
+    anew: bool = False
 
     @property
     def usable(self) -> bool:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,14 +73,14 @@ class TrainerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One person's refresh: rows to train on and to judge by, the folder of the version that is carried on if
-    any. `start`: the adapter to begin with when none is. `newest`: rows of the turns that judge it, learned
-    once it was accepted."""
+    """One person's refresh: rows to train on and to judge by. `rival`: the folder of the version to do better
+    than; None, or what cannot be loaded: the bare base. `start`: the adapter to begin with. `newest`: rows of
+    the turns that judge it, learned once it was accepted."""
 
     id: str
     train: Sequence[Example]
     gate: Sequence[Example]
-    serving: Path | None
+    rival: Path | None
     seed: int
     start: Path | None = None
     newest: Sequence[Example] = ()
@@ -101,16 +101,10 @@ class Judging:
 
 
 @dataclass(frozen=True, slots=True)
-class Stranded:
-    """The version that this person's task carries on cannot be: unreadable, or made for another base."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
 class Judged:
     """One person's candidate and what the gate says. `numbers` are those of the training; `began`: with the
-    task's `start`; `finished`: it has learned the task's `newest` too, after the verdict."""
+    task's `start`; `finished`: it has learned the task's `newest` too, after the verdict; `opposed`: it was
+    judged against the task's `rival`."""
 
     id: str
     weights: LoraWeights
@@ -119,6 +113,7 @@ class Judged:
     base_hash: str
     began: bool = False
     finished: bool = False
+    opposed: bool = False
 
 
 class Trainer:
@@ -154,8 +149,8 @@ class Trainer:
 
     async def run(
         self, tasks: Sequence[Task], recipe: Recipe, policy: GatePolicy
-    ) -> AsyncGenerator[Progress | Judging | Stranded | Judged, None]:
-        """Train and judge `tasks`; every one of them ends in a Judged, or in a Stranded. Raises TrainerDied.
+    ) -> AsyncGenerator[Progress | Judging | Judged, None]:
+        """Train and judge `tasks`; every one of them ends in a Judged. Raises TrainerDied.
 
         Leaving the iterator early, or being cancelled in it, ends the process: what it computes is wanted no
         more.
@@ -325,7 +320,7 @@ def _run_batch(
     at_once = request["people_at_once"]
     if base.lender is not None and base.lender.is_busy:
         at_once = people_at_once(model.config, recipe, at_once)
-    learners = _learners(model, map(_unpack_task, request["tasks"]), send)
+    learners = [_learner(model, _unpack_task(task)) for task in request["tasks"]]
     people = [learner.person() for learner in learners]
     passes = model.decoder.register_forward_hook(_alive(send))  # an error ends the process, and the hook
     for stack in train_stacks(model, people, recipe, people_at_once=at_once, on_progress=_progress(send)):
@@ -349,6 +344,7 @@ def _run_batch(
                 model.base_hash,
                 began=learner.start is not None,
                 finished=finished[place] is not None,
+                opposed=learner.rival is not None,
             )
             send(_pack_judged(judged))
     passes.remove()
@@ -356,32 +352,22 @@ def _run_batch(
 
 @dataclass(frozen=True, slots=True)
 class _Learner:
-    """A task, and the adapters of its folders: those that training can go on from."""
+    """A task, and the adapters of its folders, those that can be loaded."""
 
     task: Task
-    serving: LoraWeights | None
-    start: LoraWeights | None  # only where nothing serves
+    rival: LoraWeights | None
+    start: LoraWeights | None
 
     def person(self) -> Person:
-        return Person(self.task.train, self.task.seed, self.serving or self.start)
+        return Person(self.task.train, self.task.seed, self.start)
 
     def accepted(self, strength: float) -> Accepted:
         return Accepted(self.person(), self.task.newest, strength)
 
 
-def _learners(
-    model: LoadedModel, tasks: Iterable[Task], send: Callable[[dict[str, Any]], None]
-) -> list[_Learner]:
-    """Whoever can be trained; of the others it is said that they are stranded."""
-    learners: list[_Learner] = []
-    for task in tasks:
-        serving = read_to_go_on(task.serving, model.config, model.base_hash)
-        if serving is None and task.serving is not None:
-            send({"kind": "stranded", "id": task.id})
-        else:
-            start = read_to_go_on(task.start, model.config, model.base_hash) if serving is None else None
-            learners.append(_Learner(task, serving, start))
-    return learners
+def _learner(model: LoadedModel, task: Task) -> _Learner:
+    rival, start = (read_for(model.base_hash, each, model.config) for each in (task.rival, task.start))
+    return _Learner(task, rival, start)
 
 
 def _progress(send: Callable[[dict[str, Any]], None]) -> Callable[[float], None]:
@@ -403,7 +389,7 @@ def _verdicts(
     """The gate's verdict on each who has learned something; on the others, why there was nothing to judge."""
     learned = [place for place, each in enumerate(trained) if each.error is None and each.steps]
     cases = [
-        Case(trained[place].weights, learners[place].serving, learners[place].task.gate) for place in learned
+        Case(trained[place].weights, learners[place].rival, learners[place].task.gate) for place in learned
     ]
     found = dict(zip(learned, gate.judge(cases, policy), strict=True))
     return [found.get(place) or _without_gate(each) for place, each in enumerate(trained)]
@@ -428,8 +414,8 @@ def _numbers(trained: Trained, verdict: Verdict) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value == value}
 
 
-def read_to_go_on(folder: Path | None, config: ModelConfig, base_hash: str) -> LoraWeights | None:
-    """An adapter to go on from, or None if that cannot be: unreadable, or made for another base."""
+def read_for(base_hash: str, folder: Path | None, config: ModelConfig) -> LoraWeights | None:
+    """The adapter in `folder`, or None if there is none for this base: unreadable, or made for another."""
     if folder is None:
         return None
     try:
@@ -497,7 +483,7 @@ def _pack_task(task: Task) -> dict[str, Any]:
         "id": task.id,
         "train": [_pack_example(example) for example in task.train],
         "gate": [_pack_example(example) for example in task.gate],
-        "serving": None if task.serving is None else str(task.serving.absolute()),
+        "rival": None if task.rival is None else str(task.rival.absolute()),
         "seed": task.seed,
         "start": None if task.start is None else str(task.start.absolute()),
         "newest": [_pack_example(example) for example in task.newest],
@@ -509,7 +495,7 @@ def _unpack_task(task: dict[str, Any]) -> Task:
         task["id"],
         [_unpack_example(example) for example in task["train"]],
         [_unpack_example(example) for example in task["gate"]],
-        None if task["serving"] is None else Path(task["serving"]),
+        None if task["rival"] is None else Path(task["rival"]),
         task["seed"],
         None if task["start"] is None else Path(task["start"]),
         [_unpack_example(example) for example in task["newest"]],
@@ -557,16 +543,15 @@ def _pack_judged(judged: Judged) -> dict[str, Any]:
         "base_hash": judged.base_hash,
         "began": judged.began,
         "finished": judged.finished,
+        "opposed": judged.opposed,
     }
 
 
-def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Stranded | Judged:
+def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Judged:
     if message["kind"] == "progress":
         return Progress(message["share"])
     if message["kind"] == "judging":
         return Judging(tuple(message["ids"]))
-    if message["kind"] == "stranded":
-        return Stranded(message["id"])
     return Judged(
         message["id"],
         _unpack_weights(message["weights"]),
@@ -575,6 +560,7 @@ def _unpack_event(message: dict[str, Any]) -> Progress | Judging | Stranded | Ju
         message["base_hash"],
         message["began"],
         message["finished"],
+        message["opposed"],
     )
 
 

@@ -5,10 +5,11 @@ What a version is worth grows with the turns n it was learned from, ever more sl
     g(n) = 0.0266 ln(1 + n / 20)      nats per token, on top of the context
 
 fitted to what adapters gained on held-out turns of self-dialogue at 20 to 400 learned turns (0.018 against
-0.015 measured at 20, 0.033 at 50, 0.048 against 0.053 at 100, 0.081 at 400). A refresh that has seen s of n
-turns is expected to add g(n) - g(s), times how much better or worse this person's last refresh did than was
-expected of it. So a new person is refreshed often and cheaply, one with a long history after many new turns,
-and one whose refreshes keep being refused ever less often.
+0.015 measured at 20, 0.033 at 50, 0.048 against 0.053 at 100, 0.081 at 400). A refresh learns from all n
+turns; where the last one saw s of them, it is expected to add g(n) - g(s), times how much better or worse
+that one did than was expected of it. So a new person is refreshed often and cheaply, one with a long history,
+all of which is learned again, after many new turns, and one whose refreshes keep being refused ever less
+often.
 
 That no two refreshes of a person run at once is the queue's doing (`jobs.py`).
 """
@@ -27,7 +28,7 @@ class When:
     """Turns are learned turns, gains nats per token.
 
     minimum_turns   before that many there is nothing to try: context alone serves better
-    least_new       new turns below which a version that is carried on could not be judged
+    least_new       new turns below which a version could not be judged against the last one
     after_turns     at least so many new ones start a refresh at once; 0: never at once, the night only
     worth_at_once   expected gain that is worth a refresh at once
     worth_at_night  the same for the night, when nobody waits for the device

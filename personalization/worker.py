@@ -44,7 +44,7 @@ NIGHT_S = 6 * 3600  # for everyone to be looked at: some milliseconds each
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`data`: the adapters are in data/adapters, those that first versions start from in data/population.
+    """`data`: the adapters are in data/adapters, those that versions start from in data/population.
     `secret`: the store's. `nightly_hour`: local, None for never; those for whom it pays (`when`) are then
     refreshed, spread over `nightly_spread_s`."""
 

@@ -283,7 +283,7 @@ def turn_shown(turn: Turn) -> dict[str, Any]:
 
 
 def version_shown(record: VersionRecord, pointer: Pointer, gone: frozenset[str]) -> dict[str, Any]:
-    """`marked` counts the turns it has seen, or its ancestors, that are not to be learned any more."""
+    """`marked` counts the turns that went into it and are not to be learned any more."""
     return {
         "version": record.version,
         "parent": record.parent,

@@ -371,7 +371,7 @@ def population(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Train the adapter that everyone's first version starts from, on text of your choice. It never reads
+    """Train the adapter that everyone's versions start from, on text of your choice. It never reads
     what users wrote."""
     asked = read_settings(data=data, model=model)
     settings = running_settings(asked) or asked

@@ -79,7 +79,7 @@ async def test_a_refused_one_and_a_file_without_turns_leave_everything_as_it_was
         await make([b"no line"], workshop, now=NOW)
 
 
-async def test_a_first_version_begins_with_it_and_a_later_one_with_its_own(
+async def test_a_persons_versions_begin_with_it_the_first_and_the_later_ones(
     workshop: Workshop, store: Store, tmp_path: Path
 ):
     shelf = Shelf(tmp_path / "adapters", workshop.config, free_bytes_floor=0)
@@ -98,7 +98,7 @@ async def test_a_first_version_begins_with_it_and_a_later_one_with_its_own(
     await store.append("ann", talk("ann", 40, first=40))
     await one(kit, "ann")
     later = (await store.versions("ann"))[-1]
-    assert (later.parent, later.population) == (2, 0)
+    assert (later.parent, later.population) == (2, 1)
 
 
 async def test_one_made_for_another_base_is_left_alone(workshop: Workshop, store: Store, tmp_path: Path):

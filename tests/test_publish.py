@@ -60,6 +60,7 @@ async def test_a_version_is_whole_on_disk_recorded_and_serving(shelf, store):
     meta = json.loads((folder / "attune.json").read_text())
     assert meta["base_hash"] == "abc"
     assert (meta["version"], meta["parent"], meta["seed"], meta["turn_ids"]) == (1, 0, 7, ["t1", "t2"])
+    assert meta["anew"] is True
     (record,) = await store.versions("ann")
     assert (record.version, record.accepted, record.numbers) == (1, True, {"gain": 0.1})
     assert on_disk(shelf) == ["1"]
@@ -236,6 +237,7 @@ async def test_a_refused_candidate_leaves_its_numbers_and_no_folder(shelf, store
     version = await room.note_refusal(store, "ann", ORIGIN, await store.pointer("ann"))
     (record,) = await store.versions("ann")
     assert (record.version, record.accepted, record.reason) == (version, False, "better")
+    assert record.anew
     assert not shelf.root.exists()
 
 
@@ -286,8 +288,18 @@ async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shel
     assert await store.compare_and_set("ann", 0, 1)
     await room.tidy(shelf, store, now=time.time() + 7200)
     (record,) = await store.versions("ann")
-    assert (record.version, record.turn_ids) == (1, ("t1", "t2"))
+    assert (record.version, record.turn_ids, record.anew) == (1, ("t1", "t2"), True)
     assert folder.is_dir()
+
+
+async def test_a_version_whose_file_does_not_say_so_was_not_trained_anew(shelf, store):
+    adapter_id = await known(store)
+    meta = room._meta(1, dataclasses.replace(ORIGIN, parent=4))
+    del meta["anew"]
+    room.place(shelf.root / adapter_id / "1", weights(), meta, CONFIG)
+    assert await store.compare_and_set("ann", 0, 1)
+    (record,) = await room.recorded_versions(shelf, store, "ann", await store.pointer("ann"))
+    assert (record.parent, record.anew) == (4, False)
 
 
 async def test_tidying_keeps_a_version_on_trial_and_gives_it_its_record(shelf, store):

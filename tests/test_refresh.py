@@ -16,14 +16,15 @@ import torch
 
 from engine.adapter_files import read_adapter
 from engine.weights import load_model, read_config
+from personalization.examples import training_rows
 from personalization.gate import Gate, GatePolicy
 from personalization.history import learned
 from personalization.lineage import marks
 from personalization.prompt import Example, Renderer
 from personalization.publish import DiskFull, Shelf
-from personalization.refresh import Kit, Outcome, RefreshPolicy, choose, refresh
+from personalization.refresh import Kit, Lesson, Outcome, RefreshPolicy, choose, refresh
 from personalization.score import token_losses
-from personalization.store import Store, StoreUnavailable, VersionRecord, connect
+from personalization.store import Store, StoreUnavailable, connect
 from personalization.train import Recipe
 from personalization.trainer import (
     Judged,
@@ -119,7 +120,7 @@ async def test_a_refresh_publishes_what_beats_the_base_and_says_so(kit: Kit, sto
     meta = json.loads((adapter / "attune.json").read_text())
     model = load_model(folder)
     assert meta["base_hash"] == model.base_hash
-    lesson = choose(talk("ann", 60), [], 0, kit.renderer, POLICY)
+    lesson = choose(talk("ann", 60), (), kit.renderer, POLICY)
     weights = read_adapter(adapter, model.config)
     losses = [
         sum(float(row.sum()) for row in token_losses(model, lesson.gate, each)) for each in (None, weights)
@@ -136,7 +137,7 @@ async def test_what_the_person_said_last_is_learned_too(kit: Kit, store: Store, 
         turn if number < 54 else dataclasses.replace(turn, text=turn.text + 3 * " w41 w7 w33 w18")
         for number, turn in enumerate(turns)
     ]
-    rows = choose(changed, [], 0, kit.renderer, POLICY).newest
+    rows = choose(changed, (), kit.renderer, POLICY).newest
     for name, history in (("plain", turns), ("changed", changed)):
         await store.append(name, history)
     ended, _ = await run(["plain", "changed"], kit)
@@ -237,19 +238,67 @@ async def test_who_is_judged_is_not_told_of_training_while_others_train_on(kit: 
 
 
 @on_one_loop
-async def test_the_next_refresh_carries_the_version_on_and_then_there_is_nothing_new(kit: Kit, store: Store):
+async def test_the_next_refresh_learns_all_turns_anew_and_then_there_is_nothing_new(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
-    first, _ = await run(["ann"], kit)
+    await run(["ann"], kit)
     await store.append("ann", talk("ann", 40, first=40))
-    second, _ = await run(["ann"], kit)
-    third, _ = await run(["ann"], kit)
-    assert first["ann"].published
-    assert second["ann"].numbers["train_loss_first"] < first["ann"].numbers["train_loss_first"] - 0.3
-    records = await store.versions("ann")
-    assert [record.parent for record in records][:2] == [0, 1]
-    if second["ann"].published:
-        assert third["ann"].reason == "nothing new to learn since version 2"
-        assert not third["ann"].published
+    ended, _ = await run(["ann"], kit)
+    assert ended["ann"].published
+    first, second = await store.versions("ann")
+    assert [(record.parent, record.anew) for record in (first, second)] == [(0, True), (1, True)]
+    assert set(second.turn_ids) == {turn.id for turn in talk("ann", 80)} > set(first.turn_ids)
+    assert second.numbers["trained_tokens"] > 1.8 * first.numbers["trained_tokens"]
+    ended, _ = await run(["ann"], kit)
+    assert ended["ann"].reason == "nothing new to learn since version 2"
+    assert not ended["ann"].published
+
+
+@on_one_loop
+async def test_a_candidate_is_judged_against_its_rival_and_begins_with_nothing_of_it(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    rival = kit.shelf.root / store.adapter_id("ann") / "1"
+    turns = talk("ann", 80)
+    lesson = choose(turns, [turn.id for turn in turns[:40]], kit.renderer, POLICY)
+    found = {}
+    for against in (rival, None, rival.parent / "2"):
+        task = Task("aa", lesson.train, lesson.gate, against, seed=5)
+        events = [event async for event in kit.trainer.run([task], POLICY.recipe, POLICY.gate)]
+        assert isinstance(events[-1], Judged)
+        found[against] = events[-1]
+    judged, bare, gone = found.values()
+    assert [each.opposed for each in (judged, bare, gone)] == [True, False, False]
+    losses = [each.numbers["train_loss_last"] for each in (judged, bare, gone)]
+    assert losses[0] == losses[1] == losses[2]
+    assert judged.verdict.numbers["loss_before"] < bare.verdict.numbers["loss_before"] - 0.1
+    assert gone.verdict == bare.verdict
+
+
+async def as_before_versions_were_trained_anew(store: Store, version: int, turn_ids: Sequence[str]) -> None:
+    """Make ann's record of a version one of those that say nothing of it, and only what was new."""
+    key = store._key("ann", "versions")
+    record = json.loads(await store._redis.hget(key, str(version)) or b"")
+    del record["anew"]
+    await store._redis.hset(key, str(version), json.dumps(record | {"turn_ids": list(turn_ids)}))
+
+
+@on_one_loop
+async def test_a_version_of_before_that_was_carried_on_from_its_parent_knows_what_that_learned(
+    kit: Kit, store: Store
+):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    await store.append("ann", talk("ann", 40, first=40))
+    await run(["ann"], kit)
+    await as_before_versions_were_trained_anew(store, 2, [f"ann-{number}" for number in range(40, 80)])
+    ended, _ = await run(["ann"], kit)
+    assert ended["ann"].reason == "nothing new to learn since version 2"
+    await store.remove_turn("ann", "ann-3")
+    ended, _ = await run(["ann"], kit)
+    assert ended["ann"].published
+    third = (await store.versions("ann"))[-1]
+    assert (third.version, third.parent, third.anew) == (3, 0, True)
+    assert marks(await store.versions("ann"), await store.learned_ids("ann")).keys() == {1, 2}
 
 
 async def publish_first_versions(kit: Kit, store: Store, *, for_another_base: str) -> None:
@@ -262,7 +311,7 @@ async def publish_first_versions(kit: Kit, store: Store, *, for_another_base: st
 
 
 @on_one_loop
-async def test_on_another_base_model_all_is_learned_anew_and_not_only_what_is_new(kit: Kit, store: Store):
+async def test_on_another_base_model_the_bare_base_is_to_be_beaten(kit: Kit, store: Store):
     await publish_first_versions(kit, store, for_another_base="ann")
     for user in ("ann", "bob"):
         await store.append(user, talk(user, 10, first=40))
@@ -270,16 +319,36 @@ async def test_on_another_base_model_all_is_learned_anew_and_not_only_what_is_ne
     assert {user: outcome.state for user, outcome in ended.items()} == dict.fromkeys(ended, "completed")
     (_, ann), (_, bob) = await store.versions("ann"), await store.versions("bob")
     assert (ann.parent, bob.parent) == (0, 1)
-    first = (await store.versions("ann"))[0]
-    assert ann.numbers["trained_tokens"] > first.numbers["trained_tokens"] > bob.numbers["trained_tokens"]
+    assert ann.numbers["loss_before"] > bob.numbers["loss_before"] + 0.1
+    assert ann.numbers["gain"] > bob.numbers["gain"] + 0.1
     assert ann.accepted
     assert (await store.pointer("ann")).version == 2
     assert [message["state"] for user, message in said if user == "ann"][-1] == "gating"
 
 
 @on_one_loop
+async def test_where_the_rivals_files_go_while_it_is_trained_the_bare_base_is_to_be_beaten(
+    kit: Kit, store: Store
+):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    await store.append("ann", talk("ann", 10, first=40))
+    ended: list[Outcome] = []
+
+    async def lose_it(user: str, message: dict[str, Any]) -> None:
+        shutil.rmtree(kit.shelf.root / store.adapter_id("ann") / "1", ignore_errors=True)
+
+    async def end(outcome: Outcome) -> None:
+        ended.append(outcome)
+
+    await refresh(["ann"], kit, lose_it, end)
+    assert [(outcome.published, outcome.after) for outcome in ended] == [(True, 2)]
+    assert (await store.versions("ann"))[-1].parent == 0
+
+
+@on_one_loop
 @pytest.mark.parametrize("more", [0, 2])
-async def test_a_version_that_cannot_be_carried_on_is_learned_anew_without_new_turns(
+async def test_a_version_that_cannot_be_loaded_is_replaced_without_new_turns(
     kit: Kit, store: Store, more: int
 ):
     await publish_first_versions(kit, store, for_another_base="ann")
@@ -311,7 +380,7 @@ async def test_a_candidate_that_is_not_better_leaves_its_numbers_and_the_pointer
 
 
 @on_one_loop
-async def test_after_a_learned_turn_is_taken_out_the_next_version_starts_where_it_was_unknown(
+async def test_after_a_learned_turn_is_taken_out_the_rival_is_the_version_that_never_saw_it(
     kit: Kit, store: Store
 ):
     await store.append("ann", talk("ann", 40))
@@ -332,7 +401,8 @@ async def test_after_a_learned_turn_is_taken_out_the_next_version_starts_where_i
     await run(["ann"], kit)
     newest = (await store.versions("ann"))[-1]
     assert (newest.version, newest.parent, newest.accepted) == (4, 0, True)
-    assert marks(await store.versions("ann"), await store.learned_ids("ann")).keys() >= {1, 2}
+    marked = marks(await store.versions("ann"), await store.learned_ids("ann"))
+    assert marked.keys() == {version for version in (1, 2, 3) if version != 3 or records[3].accepted}
 
 
 @on_one_loop
@@ -417,23 +487,24 @@ async def test_it_is_left_too_when_too_little_remains_to_learn_from(kit: Kit, st
 
 
 def test_a_turn_taken_out_is_in_no_row_not_even_as_context(renderer: Renderer):
-    turns = [
-        dataclasses.replace(turn, text="w49 w48 w47 w46", removed=True) if turn.id == "ann-30" else turn
-        for turn in talk("ann", 60)
-    ]
-    words = tuple(renderer.example([turns[30]]).token_ids)[1:-1]
-    lesson = choose(turns, [], 0, renderer, dataclasses.replace(POLICY, row_tokens=64))
-    late = [dataclasses.replace(turns[30], id="late", at=turns[-2].at), *turns]
-    assert "late" not in choose(late, [], 0, renderer, POLICY).newest_turns
-    for row in choose(late, [], 0, renderer, POLICY).newest:
-        assert not any(row.token_ids[at : at + len(words)] == words for at in range(len(row.token_ids)))
-    assert "ann-30" not in lesson.all_turns
-    assert len(lesson.trained_turns) == 53
-    assert not any(
-        row.token_ids[at : at + len(words)] == words
-        for row in lesson.train
-        for at in range(len(row.token_ids))
-    )
+    policy = dataclasses.replace(POLICY, row_tokens=256)  # it would be in the middle of a row
+    turns = talk("ann", 60)
+    for place in (30, 57):  # of those to train on, and of those that judge
+        turns[place] = dataclasses.replace(turns[place], text="w49 w48 w47 w46")
+
+    def rows_with_it(lesson: Lesson) -> list[int]:
+        return [
+            sum("49 48 47 46" in " ".join(map(str, row.token_ids)) for row in rows)
+            for rows in (lesson.train, lesson.newest)
+        ]
+
+    assert rows_with_it(choose(turns, (), renderer, policy)) == [1, 1]
+    for place in (30, 57):
+        turns[place] = dataclasses.replace(turns[place], removed=True)
+    lesson = choose(turns, (), renderer, policy)
+    assert rows_with_it(lesson) == [0, 0]
+    assert not {"ann-30", "ann-57"} & {*lesson.all_turns, *lesson.trained_turns, *lesson.newest_turns}
+    assert (len(lesson.trained_turns), len(lesson.newest_turns)) == (52, 6)
 
 
 @on_one_loop
@@ -461,7 +532,7 @@ async def test_someone_forgotten_while_their_adapter_was_trained_gets_none(kit: 
 async def test_the_process_stays_and_a_killed_ones_successor_trains_the_same_bytes(
     kit: Kit, trainer: Trainer, renderer: Renderer
 ):
-    lesson = choose(talk("ann", 40), [], 0, renderer, POLICY)
+    lesson = choose(talk("ann", 40), (), renderer, POLICY)
     task = Task("aa", lesson.train, lesson.gate, None, seed=5)
     runs, pids = [], []
     for _ in range(3):
@@ -498,7 +569,7 @@ def test_who_judges_long_or_learns_long_after_the_verdict_is_heard_of(
 ):
     """Who is not heard of for long counts as hung."""
     monkeypatch.setattr("personalization.trainer._ALIVE_EVERY_S", 0.0, raising=False)
-    lesson = choose(talk("ann", 60), [], 0, renderer, POLICY)
+    lesson = choose(talk("ann", 60), (), renderer, POLICY)
     task = Task("aa", lesson.train, lesson.gate, None, 1, newest=lesson.newest)
     parts = {"recipe": POLICY.recipe, "policy": POLICY.gate}
     request: dict[str, Any] = {"tasks": [_pack_task(task)], "people_at_once": 1}
@@ -579,7 +650,7 @@ def alive(pid: int) -> bool:
 
 def test_the_first_version_learns_all_but_the_newest(renderer: Renderer):
     turns = talk("ann", 60)
-    lesson = choose(turns, [], 0, renderer, POLICY)
+    lesson = choose(turns, (), renderer, POLICY)
     assert lesson.all_turns == tuple(turn.id for turn in turns)
     assert lesson.trained_turns == tuple(turn.id for turn in turns[:54])
     assert learned_tokens(lesson.train) > 54 * 6
@@ -587,35 +658,33 @@ def test_the_first_version_learns_all_but_the_newest(renderer: Renderer):
     assert any(len(row.token_ids) > POLICY.gate_tokens // 2 for row in lesson.gate)
 
 
-def test_a_version_carried_on_learns_the_new_turns_and_as_many_old_tokens(renderer: Renderer):
+def test_all_turns_are_learned_in_the_order_of_time_whether_the_rival_knew_them_or_not(renderer: Renderer):
     turns = talk("ann", 120)
-    before = choose(turns[:80], [], 0, renderer, POLICY)
-    record = _record(1, 0, before.trained_turns)
-    for replay, expected in ((0.0, 36), (1.0, 72), (9.0, 108)):
-        policy = dataclasses.replace(POLICY, replay=replay)
-        lesson = choose(turns, [record], 1, renderer, policy)
-        ends = learned_turns(lesson.train)
-        assert expected - 1 <= ends <= expected + 6
-        assert lesson.trained_turns == tuple(turn.id for turn in turns[:108])
+    ids = tuple(turn.id for turn in turns)
+    first = choose(turns, (), renderer, POLICY)
+    lesson = choose(turns, ids[:72], renderer, POLICY)
+    assert lesson.train == first.train == training_rows(turns[:108], renderer, POLICY.row_tokens)
+    assert learned_turns(lesson.train) == 108
+    assert lesson.trained_turns == ids[:108]
+    assert (first.new, lesson.new) == (120, 48)
 
 
-def test_nobody_is_judged_by_what_the_version_to_go_on_from_has_learned(renderer: Renderer):
+def test_nobody_is_judged_by_what_the_rival_has_learned(renderer: Renderer):
     turns = talk("ann", 100)
     ids = [turn.id for turn in turns]
-    for seen, judges, new in ((90, 5, 5), (96, 2, 2), (99, 0, 1), (100, 0, 0), (40, 10, 50)):
-        lesson = choose(
-            turns, [_record(1, 0, ids[:seen])], 1, renderer, dataclasses.replace(POLICY, replay=0.0)
-        )
+    for seen, judges in ((90, 5), (96, 2), (99, 0), (100, 0), (40, 10)):
+        lesson = choose(turns, ids[:seen], renderer, POLICY)
         assert list(lesson.newest_turns) == ids[100 - judges :]
         assert learned_turns(lesson.gate) == learned_turns(lesson.newest) == judges
-        assert learned_turns(lesson.train) == new
+        assert learned_turns(lesson.train) == 100 - judges
         assert sorted(lesson.all_turns) == sorted(ids)
+        assert lesson.new == 100 - seen
 
 
 def test_held_out_words_that_were_trained_judge_nobody_and_are_learned_all_the_same(renderer: Renderer):
     turns = talk("ann", 60)
     turns[57] = dataclasses.replace(turns[57], text=turns[3].text)
-    lesson = choose(turns, [], 0, renderer, POLICY)
+    lesson = choose(turns, (), renderer, POLICY)
     assert learned_turns(lesson.gate) == 5
     assert learned_turns(lesson.newest) == 6
 
@@ -623,22 +692,28 @@ def test_held_out_words_that_were_trained_judge_nobody_and_are_learned_all_the_s
 def test_what_was_said_before_the_first_learned_turn_is_its_context(renderer: Renderer):
     turns = talk("ann", 60)
     turns[0] = dataclasses.replace(turns[0], author="model")
-    (opening, *_) = choose(turns, [], 0, renderer, POLICY).train
+    (opening, *_) = choose(turns, (), renderer, POLICY).train
     alone = renderer.example(turns[:1]).token_ids
     assert opening.token_ids[: len(alone)] == alone
     assert not any(opening.learn_mask[: len(alone)])
+    # Where older ones are left out as too far back, it is what was said since the last of those.
+    turns[29] = dataclasses.replace(turns[29], author="model")
+    few = dataclasses.replace(POLICY, most_turns=24)
+    lesson = choose(turns, (), renderer, few)
+    alone = renderer.example(turns[29:30]).token_ids
+    assert lesson.trained_turns == tuple(turn.id for turn in turns[30:54])
+    assert lesson.train[0].token_ids[: len(alone)] == alone
 
 
 def test_what_the_first_version_left_out_as_too_far_back_is_not_new_to_the_next(renderer: Renderer):
     turns = talk("ann", 88)
     ids = [turn.id for turn in turns]
-    policy = dataclasses.replace(POLICY, most_turns=40, replay=0.0)
-    first = choose(turns[:80], [], 0, renderer, policy)
+    policy = dataclasses.replace(POLICY, most_turns=40)
+    first = choose(turns[:80], (), renderer, policy)
     assert first.trained_turns == tuple(ids[32:72])
-    record = _record(1, 0, (*first.trained_turns, *first.newest_turns))
-    lesson = choose(turns, [record], 1, renderer, policy)
+    lesson = choose(turns, (*first.trained_turns, *first.newest_turns), renderer, policy)
     assert lesson.trained_turns == tuple(ids[44:84])
-    assert learned_turns(lesson.train) == learned_turns(lesson.gate) == 4
+    assert (learned_turns(lesson.train), learned_turns(lesson.gate), lesson.new) == (40, 4, 8)
     assert lesson.newest_turns == tuple(ids[84:])
     assert lesson.all_turns == tuple(ids)
 
@@ -647,7 +722,7 @@ def test_a_very_long_history_costs_no_more_than_a_long_one(renderer: Renderer):
     """What judges is scored, and then learned: a tenth of an imported archive would be more than all else."""
     turns = talk("ann", 200)
     few = dataclasses.replace(POLICY, most_turns=12)
-    lesson = choose(turns, [], 0, renderer, few)
+    lesson = choose(turns, (), renderer, few)
     assert lesson.newest_turns == tuple(turn.id for turn in turns[188:])
     assert lesson.trained_turns == tuple(turn.id for turn in turns[176:188])
     assert learned_turns(lesson.newest) == learned_turns(lesson.train) == 12
@@ -665,13 +740,19 @@ async def test_a_long_history_waits_for_new_turns_too(kit: Kit, store: Store):
     assert ended["ann"].reason == "not enough new turns since version 1: 3 of 8 to learn from"
 
 
-def test_what_ancestors_saw_is_old_and_what_only_a_refused_one_saw_is_new(renderer: Renderer):
-    turns = talk("ann", 60)
-    ids = [turn.id for turn in turns]
-    records = [_record(1, 0, ids[:20]), _record(2, 1, ids[20:40]), _record(3, 2, ids[40:])]
-    policy = dataclasses.replace(POLICY, replay=0.0)
-    assert learned_turns(choose(turns, records, 2, renderer, policy).train) == 14
-    assert learned_turns(choose(turns, records, 0, renderer, policy).train) == 54
+@on_one_loop
+async def test_what_only_a_refused_version_saw_is_new_and_judges_the_next_one(kit: Kit, store: Store):
+    await store.append("ann", talk("ann", 40))
+    await run(["ann"], kit)
+    await store.append("ann", talk("ann", 20, first=40))
+    never = dataclasses.replace(POLICY, gate=dataclasses.replace(POLICY.gate, min_gain=50.0))
+    for versions in (2, 3):
+        ended, _ = await run(["ann"], dataclasses.replace(kit, policy=never))
+        assert "on 6 held-out turns" in ended["ann"].reason
+        records = await store.versions("ann")
+        assert [record.accepted for record in records] == [True, *[False] * (versions - 1)]
+        assert (records[-1].parent, records[-1].anew) == (1, True)
+        assert sorted(records[-1].turn_ids) == sorted(turn.id for turn in talk("ann", 54))
 
 
 def test_others_turns_are_context_and_held_out_turns_are_nowhere_in_training(renderer: Renderer):
@@ -679,7 +760,7 @@ def test_others_turns_are_context_and_held_out_turns_are_nowhere_in_training(ren
         dataclasses.replace(turn, author="model") if turn.role == "assistant" else turn
         for turn in talk("ann", 80)
     ]
-    lesson = choose(turns, [], 0, renderer, dataclasses.replace(POLICY, row_tokens=64))
+    lesson = choose(turns, (), renderer, dataclasses.replace(POLICY, row_tokens=64))
     assert len(lesson.all_turns) == sum(map(learned, turns)) == 40
     assert learned_turns(lesson.train) == len(lesson.trained_turns) == 36
     assert sum(len(row.token_ids) for row in lesson.train) > 1.5 * learned_tokens(lesson.train)
@@ -700,7 +781,3 @@ def learned_turns(rows: list[Example]) -> int:
         for row in rows
         for token, learn in zip(row.token_ids, row.learn_mask, strict=True)
     )
-
-
-def _record(version: int, parent: int, turn_ids: Sequence[str]) -> VersionRecord:
-    return VersionRecord(version, parent, NOW, True, "", {}, 1, tuple(turn_ids))

@@ -1,6 +1,7 @@
 """The store against a real Redis: what is kept, in which order, and who may still write."""
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -300,12 +301,24 @@ async def test_version_numbers_are_never_given_out_twice(store: Store) -> None:
 
 async def test_version_records_are_kept_in_order_and_never_change(store: Store) -> None:
     second = VersionRecord(2, 1, NOON, False, "no gain", {"gain": -0.01}, 12, ("a", "b"))
-    first = VersionRecord(1, 0, NOON, True, "better", {"gain": 0.1})
+    first = VersionRecord(1, 0, NOON, True, "better", {"gain": 0.1}, population=3, anew=True)
     await store.add_version("ann", second)
     await store.add_version("ann", first)
     await store.add_version("ann", VersionRecord(1, 0, NOON, False, "rewritten"))
     assert await store.versions("ann") == [first, second]
     assert await store.next_version("ann") == 3
+
+
+async def test_a_record_that_does_not_say_so_is_of_no_version_trained_anew(
+    store: Store, redis: Redis
+) -> None:
+    await store.add_version("ann", VersionRecord(2, 1, NOON, True, "better", turn_ids=("a",), anew=True))
+    key = store._key("ann", "versions")
+    old = json.loads(await redis.hget(key, "2") or b"")
+    del old["anew"]
+    await redis.hset(key, "2", json.dumps(old))
+    (record,) = await store.versions("ann")
+    assert (record.parent, record.turn_ids, record.anew) == (1, ("a",), False)
 
 
 async def test_users_are_those_with_turns_or_versions(store: Store) -> None:
