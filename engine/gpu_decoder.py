@@ -1,11 +1,14 @@
 """The decoder of model.py for serving on a GPU: the same layers as kernels over buffers that never move.
 
 A decode step runs few rows through all weights, so it costs what reading them costs, plus whatever lies
-between the kernels. Hence few kernels, ten a layer: every sum, norm, rotation, write to the pages and LoRA's
-two halves ride on a product or on the kernel behind it. Nothing here depends on values on the host but the
-padded sizes of the step (`StepShape`), so the launches of one shape can be recorded as a CUDA graph.
+between the kernels. Hence few kernels: every sum, norm, rotation and write to the pages rides on the kernel
+behind a product. LoRA runs beside the product, on a stream of its own: both only read x. Nothing here depends
+on values on the host but the padded sizes of the step (`StepShape`), so the launches of one shape can be
+recorded as a CUDA graph.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +92,9 @@ class GpuDecoder:
             for group, (_, side) in widths.items()
         )
         self._v = buffer(v, kind=torch.float32)
+        self._delta = buffer(tokens * max(out for out, _ in widths.values()))
+        # Before the product's programs, which leave room for few others.
+        self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._normed = buffer(limits.rows, config.hidden_size)
         self._logits = buffer(limits.rows, config.vocab_size)
         items = max(column.shape[0] for column in inputs.lora.items)
@@ -136,45 +142,66 @@ class GpuDecoder:
         product, adapters = self._product(shape, index, "o", mixed, layer.o.weight)
         module = MODULES.index("o_proj")
         fused.residual(
-            product, self._x, layer.post_norm.weight, self._xw, self._ssq, index, module, rows, adapters
+            product, self._x, layer.post_norm.weight, self._xw, self._ssq, module, rows, adapters
         )
         product, adapters = self._product(shape, index, "gate_up", self._xw, layer.gate_up.weight)
-        fused.gate(product, self._ssq, hidden, eps, self._gated, index, rows, adapters)
+        fused.gate(product, self._ssq, hidden, eps, self._gated, rows, adapters)
         product, adapters = self._product(shape, index, "down", self._gated, layer.down.weight)
         module = MODULES.index("down_proj")
-        fused.residual(product, self._x, following, self._xw, self._ssq, index, module, rows, adapters)
+        fused.residual(product, self._x, following, self._xw, self._ssq, module, rows, adapters)
 
     def _product(
         self, shape: StepShape, layer: int, group: str, x: Tensor, weight: Tensor
     ) -> tuple[Product, Adapters | None]:
-        """x @ W.T and the first half of LoRA; for prompts LoRA's second half too."""
-        out, side = self._shapes[group]
-        rows = self._inputs.lora
-        place, modules = GROUPS.index(group), GROUP_MODULES[group]
-        first_module = MODULES.index(modules[0])
-        splits = lora.num_splits(side)
-        v = self._v[: splits * self._x.shape[0] * len(modules) * _MOST_RANK].view(
-            splits, self._x.shape[0], -1
-        )
-        has_lora = group in shape.lora_groups
-        with_adapters = shape.singles if shape.has_prompts else shape.tokens
-        adapters = Adapters(self._arena, rows, v, splits, with_adapters) if has_lora else None
-        if has_lora:
-            lora.shrink_decode(x, v, self._arena, rows, self._places, layer, place)
-            if shape.has_prompts:
-                count = self.config.num_layers
-                lora.shrink_prompts(x, v, self._arena, rows, layer, count, first_module, len(modules))
+        """x @ W.T, and beside it what LoRA adds to it."""
+        out, _ = self._shapes[group]
+        adapters = None
+        if group in shape.lora_groups:
+            adapters = Adapters(self._delta[: shape.tokens * out].view(shape.tokens, out), self._inputs.lora)
+            with self._lora_stream():
+                self._lora(shape, layer, group, x, adapters.delta)
+        product = self._base(shape, group, x, weight)
+        if adapters is not None and self._beside is not None:
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+        return product, adapters
+
+    def _base(self, shape: StepShape, group: str, x: Tensor, weight: Tensor) -> Product:
+        out, _ = self._shapes[group]
         if not shape.has_prompts and shape.tokens <= SKINNY_ROWS:
             plan = self._plans[shape.tokens, group]
             slots = self._slots[: plan.slots * shape.tokens * out].view(plan.slots, shape.tokens, out)
             linear.linear(x, weight, slots, plan, shape.tokens)
-            return Product(slots, plan), adapters
+            return Product(slots, plan)
         y = self._whole[: shape.tokens * out].view(shape.tokens, out)
         torch.mm(x[: shape.tokens], weight.t(), out=y)
-        if has_lora and shape.has_prompts:
-            sizes = tuple(module_shape(self.config, module)[0] for module in modules)
-            lora.expand_prompts(y, v, self._arena, rows, layer, first_module, sizes, splits)
-        return Product(y, None), adapters
+        return Product(y, None)
+
+    def _lora(self, shape: StepShape, layer: int, group: str, x: Tensor, delta: Tensor) -> None:
+        """delta = x @ A.T @ B.T of every row whose adapter changes a module of the group."""
+        rows, count = self._inputs.lora, self.config.num_layers
+        modules, splits = GROUP_MODULES[group], lora.num_splits(self._shapes[group][1])
+        first = MODULES.index(modules[0])
+        widths = tuple(module_shape(self.config, module)[0] for module in modules)
+        tokens = self._x.shape[0]
+        v = self._v[: splits * tokens * len(modules) * _MOST_RANK].view(splits, tokens, -1)
+        lora.shrink_decode(x, v, self._arena, rows, self._places, layer, GROUPS.index(group))
+        if shape.has_prompts:
+            lora.shrink_prompts(x, v, self._arena, rows, layer, count, first, len(modules))
+        decoding = shape.singles if shape.has_prompts else shape.tokens
+        if decoding:
+            lora.expand_decode(delta, v, self._arena, rows, decoding, layer, first, widths, splits)
+        if shape.has_prompts:
+            lora.expand_prompts(delta, v, self._arena, rows, layer, first, widths, splits)
+
+    @contextmanager
+    def _lora_stream(self) -> Iterator[None]:
+        """What is launched inside runs behind what was launched before, and beside what is launched next."""
+        if self._beside is None:
+            yield
+            return
+        self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
+        with torch.cuda.stream(self._beside):
+            yield
 
     def _attend(self, shape: StepShape, layer: int) -> None:
         column = self._inputs.column

@@ -65,7 +65,6 @@ class StepInputs:
             "positions": ("i4", tokens),
             "slots": ("i4", tokens),
             "row_strides": ("i4", rows),
-            "row_tiles": ("i4", rows * 7),
             "tile_strides": ("i4", rows),
             "tiles": ("i4", rows * 7),
             "first_row": ("i4", rows),
@@ -88,6 +87,7 @@ class StepInputs:
             "top_p": ("f4", rows),
             "min_p": ("f4", rows),
             # Long and seldom full: only what is used is copied.
+            "row_tiles": ("i4", tokens * 7),
             **{f"items_{group}": ("i4", items) for group in GROUPS},
             "block_list": ("i4", limits.blocks),
         }
@@ -125,7 +125,7 @@ class StepInputs:
             row_count=column["row_count"],
             row_tables=column["row_tables"],
             row_strides=column["row_strides"],
-            row_tiles=column["row_tiles"].view(rows, 7),
+            row_tiles=column["row_tiles"].view(tokens, 7),
             items=tuple(column[f"items_{group}"] for group in GROUPS),
             num_items=column["num_items"].view(4, 4),
             prompt_first_row=column["prompt_first_row"],
@@ -150,7 +150,7 @@ class StepInputs:
         used = _fill(
             host, batch, blocks, padded_tokens, padded_singles, padded_sampled, self.limits.query_rows
         )
-        used |= self._fill_lora(host, batch, padded_singles)
+        used |= self._fill_lora(host, batch, padded_tokens)
         self._copy(side, 0, self._always)
         for name, length in used.items():
             _, at, _ = self._places[name]
@@ -173,11 +173,11 @@ class StepInputs:
         self._memory[begin:end].copy_(self._hosts[side][begin:end], non_blocking=True)
 
     def _fill_lora(
-        self, host: dict[str, npt.NDArray[np.generic]], batch: Batch, padded_singles: int
+        self, host: dict[str, npt.NDArray[np.generic]], batch: Batch, padded_tokens: int
     ) -> dict[str, int]:
         """Segments of rows with one adapter, and for each group the tiles that decode rows need."""
         row_tiles = host["row_tiles"].reshape(-1, 7)
-        row_tiles[:padded_singles] = 0
+        row_tiles[:padded_tokens] = 0
         host["num_items"][:] = 0
         host["num_prompt_tiles"][0] = 0
         if not batch.adapters:
@@ -195,7 +195,7 @@ class StepInputs:
         counts = np.diff(starts, append=single)
         is_used = adapters[starts] >= 0
         segments, starts, counts = adapters[starts][is_used], starts[is_used], counts[is_used]
-        used = self._fill_items(host, facts, segments)
+        used = self._fill_items(host, facts, segments) | {"row_tiles": 7 * padded_tokens}
 
         prompts = [s for s in range(single, len(batch.blocks)) if batch.adapter_of_seq[s] >= 0]
         prompt_tiles: list[tuple[int, int, int]] = []
@@ -203,6 +203,7 @@ class StepInputs:
             begin, end = batch.query_start[sequence], batch.query_start[sequence + 1]
             for first in range(begin, end, PROMPT_ROWS):
                 prompt_tiles.append((first, min(PROMPT_ROWS, end - first), segment))
+            row_tiles[begin:end] = -tiles[adapters[sequence]]
         if prompts:
             query_start = np.array(batch.query_start)
             segments = np.append(segments, adapters[prompts])

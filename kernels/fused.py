@@ -1,12 +1,11 @@
-"""What lies between two products of the decoder, one kernel each: sums of partial products, LoRA's second
-half, norm, rotary and the write to the pages, gated activation, residual.
+"""What lies between two products of the decoder, one kernel each: sums of partial products, what LoRA adds,
+norm, rotary and the write to the pages, gated activation, residual.
 
 The norm's scale commutes with a product, (x / rms) W = (x W) / rms, so no kernel needs a whole row before the
 product: each writes x * weight and, per block of columns, the sum of squares; the kernel behind the product
 divides.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -14,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.linear import LinearPlan, add_slots
-from kernels.lora import LoraRows, expand_row, expand_row_pair
+from kernels.lora import LoraRows, load_delta
 from kernels.programs import allow_next, can_overlap, launch_options, wait
 
 COLUMNS = 512  # of a row, per program
+GATE, UP = tl.constexpr(4), tl.constexpr(5)  # as modules
 THREADS = 128  # of a program
 
 
@@ -31,13 +31,10 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """LoRA's second half: v and how many chunks of it to add up, for rows that have tiles."""
+    """What LoRA adds to a product, delta [T, N], where a row has tiles of a module; anything elsewhere."""
 
-    arena: Tensor
+    delta: Tensor
     rows: LoraRows
-    v: Tensor
-    splits: int
-    count: int  # rows from here on have none
 
 
 @triton.jit
@@ -77,18 +74,18 @@ def _embed_kernel(
     tl.store(sin + row * HALF + h, tl.sin(angle), mask=h < HALF)
 
 
-@triton.jit(do_not_specialize=["layer", "first_row"])
+@triton.jit(do_not_specialize=["layer"])
 def _rotary_kernel(
-    first_row, y, slot_stride, blocks_k, units, N, bias, ssq, stride_ssq, blocks, H, eps,
+    y, slot_stride, blocks_k, units, N, bias, ssq, stride_ssq, blocks, H, eps,
     q_norm, k_norm, cos, sin, q, slabs, slots, slab_stride, layer_stride, kv_stride,
     layer, num_q, num_kv, BLOCK_SIZE, D, HALF,
-    arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
+    delta, tiles,
     HEADS: tl.constexpr, HALF_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, BLOCKS:
-    tl.constexpr, WIDE: tl.constexpr, V_SPLITS: tl.constexpr,
+    tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
-    row = first_row + tl.program_id(0)
+    row = tl.program_id(0)
     block = tl.program_id(1)
     blocks_q = tl.cdiv(num_q, HEADS)
     blocks_kv = tl.cdiv(num_kv, HEADS)
@@ -103,19 +100,13 @@ def _rotary_kernel(
     low = head * D + pair
     high = low + HALF
     kind = module + tl.zeros_like(c)  # a block, as masks want it
-    if HAS_LORA:
-        more_low, more_high = expand_row_pair(
-            row, low, is_c, high, is_c, heads * D, arena, tables, tile_strides, tiles,
-            layer, module, module, module, module, v, stride_split, stride_v, splits, WIDE, V_SPLITS, PDL,
-        )  # fmt: skip
-    else:
-        wait(PDL)
+    wait(PDL)
     at = row.to(tl.int64) * N
     a = add_slots(y, at, left + low, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     b = add_slots(y, at, left + high, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     if HAS_LORA:
-        a += more_low
-        b += more_high
+        a += load_delta(delta, tiles, row, module, at + left, low, is_c)
+        b += load_delta(delta, tiles, row, module, at + left, high, is_c)
     scale = _row_scale(ssq, row, stride_ssq, blocks, H, eps, BLOCKS)
     a *= scale
     b *= scale
@@ -154,30 +145,24 @@ def _rotary_kernel(
         tl.store(out + high, new_b, mask=is_kept)
 
 
-@triton.jit(do_not_specialize=["layer", "first_row"])
+@triton.jit
 def _gate_kernel(
-    first_row, y, slot_stride, blocks_k, units, F, ssq, stride_ssq, blocks, H, eps, out, layer,
-    arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
+    y, slot_stride, blocks_k, units, F, ssq, stride_ssq, blocks, H, eps, out,
+    delta, tiles,
     COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDE: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
+    HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
-    row = first_row + tl.program_id(0)
+    row = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_c = c < F
-    if HAS_LORA:
-        more_gate, more_up = expand_row_pair(
-            row, c, is_c, c, is_c, F, arena, tables, tile_strides, tiles,
-            layer, 4, 0, 5, 1, v, stride_split, stride_v, splits, WIDE, V_SPLITS, PDL,
-        )  # fmt: skip
-    else:
-        wait(PDL)
+    wait(PDL)
     at = row.to(tl.int64) * 2 * F
     gate = add_slots(y, at, c, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     up = add_slots(y, at, F + c, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     if HAS_LORA:
-        gate += more_gate
-        up += more_up
+        gate += load_delta(delta, tiles, row, GATE, at, c, is_c)
+        up += load_delta(delta, tiles, row, UP, at + F, c, is_c)
     scale = _row_scale(ssq, row, stride_ssq, blocks, H, eps, BLOCKS)
     gate *= scale
     up *= scale
@@ -185,31 +170,25 @@ def _gate_kernel(
     tl.store(out + row.to(tl.int64) * F + c, value.to(out.dtype.element_ty), mask=is_c)
 
 
-@triton.jit(do_not_specialize=["layer", "module", "first_row"])
+@triton.jit(do_not_specialize=["module"])
 def _residual_kernel(
-    first_row, y, slot_stride, blocks_k, units, H, x, weight, xw, ssq, stride_ssq, layer, module,
-    arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
+    y, slot_stride, blocks_k, units, H, x, weight, xw, ssq, stride_ssq, module,
+    delta, tiles,
     COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
-    WIDE: tl.constexpr, V_SPLITS: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
+    HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
-    row = first_row + tl.program_id(0)
+    row = tl.program_id(0)
     block = tl.program_id(1)
     c = block * COLUMNS + tl.arange(0, COLUMNS)
     is_c = c < H
     w = tl.load(weight + c, mask=is_c, other=0.0).to(tl.float32)
-    if HAS_LORA:
-        more = expand_row(
-            row, c, is_c, H, arena, tables, tile_strides, tiles,
-            layer, module, 0, v, stride_split, stride_v, splits, WIDE, V_SPLITS, PDL,
-        )  # fmt: skip
-    else:
-        wait(PDL)
+    wait(PDL)
     at = row.to(tl.int64) * H
     total = tl.load(x + at + c, mask=is_c, other=0.0)
     total += add_slots(y, at, c, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     if HAS_LORA:
-        total += more
+        total += load_delta(delta, tiles, row, module, at, c, is_c)
     tl.store(x + at + c, total, mask=is_c)
     tl.store(xw + at + c, (total * w).to(xw.dtype.element_ty), mask=is_c)
     tl.store(ssq + row.to(tl.int64) * stride_ssq + block, tl.sum(total * total, axis=0))
@@ -280,19 +259,17 @@ def rotary_write(
     width = triton.next_power_of_2(half)
     heads = max(1, min(COLUMNS // (2 * width), triton.next_power_of_2(max(num_q, num_kv))))
     blocks = -(-num_q // heads) + 2 * -(-num_kv // heads)
-    for first_row, count, lora in _spans(rows, adapters):
-        _rotary_kernel[(count, blocks)](
-            first_row, product.y, *_slots_of(product), product.y.shape[-1], bias if bias is not None else ssq,
-            ssq, ssq.stride(0), num_blocks(hidden), hidden, eps,
-            q_norm if q_norm is not None else ssq, k_norm if k_norm is not None else ssq, cos, sin, q,
-            slabs, slots, slabs.stride(0), slabs.stride(1), slabs.stride(2),
-            layer, num_q, num_kv, slabs.shape[3], dim, half,
-            *_lora_of(lora, ssq),
-            HEADS=heads, HALF_WIDTH=width, **_slot_constants(product),
-            BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
-            HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None,
-            **_lora_constants(lora, heads * width), **_launch(pdl),
-        )  # fmt: skip
+    _rotary_kernel[(rows, blocks)](
+        product.y, *_slots_of(product), product.y.shape[-1], bias if bias is not None else ssq,
+        ssq, ssq.stride(0), num_blocks(hidden), hidden, eps,
+        q_norm if q_norm is not None else ssq, k_norm if k_norm is not None else ssq, cos, sin, q,
+        slabs, slots, slabs.stride(0), slabs.stride(1), slabs.stride(2),
+        layer, num_q, num_kv, slabs.shape[3], dim, half,
+        *_lora_of(adapters, ssq),
+        HEADS=heads, HALF_WIDTH=width, **_slot_constants(product),
+        BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
+        HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, HAS_LORA=adapters is not None, **_launch(pdl),
+    )  # fmt: skip
 
 
 def gate(
@@ -301,36 +278,32 @@ def gate(
     hidden: int,
     eps: float,
     out: Tensor,
-    layer: int,
     rows: int,
     adapters: Adapters | None,
 ) -> None:
     """out[t] = silu(g) * u with g | u = product / rms (+ LoRA). out [T, F]."""
     width, pdl = out.shape[1], can_overlap(out.device)
-    for first_row, count, lora in _spans(rows, adapters):
-        _gate_kernel[(count, -(-width // COLUMNS))](
-            first_row, product.y, *_slots_of(product), width, ssq, ssq.stride(0), num_blocks(hidden), hidden,
-            eps, out, layer, *_lora_of(lora, ssq),
-            COLUMNS=COLUMNS, **_slot_constants(product), BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
-            **_lora_constants(lora), **_launch(pdl),
-        )  # fmt: skip
+    _gate_kernel[(rows, -(-width // COLUMNS))](
+        product.y, *_slots_of(product), width, ssq, ssq.stride(0), num_blocks(hidden), hidden, eps, out,
+        *_lora_of(adapters, ssq),
+        COLUMNS=COLUMNS, **_slot_constants(product), BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
+        HAS_LORA=adapters is not None, **_launch(pdl),
+    )  # fmt: skip
 
 
 def residual(
-    product: Product, x: Tensor, weight: Tensor, xw: Tensor, ssq: Tensor, layer: int, module: int, rows: int,
+    product: Product, x: Tensor, weight: Tensor, xw: Tensor, ssq: Tensor, module: int, rows: int,
     adapters: Adapters | None,
 ) -> None:  # fmt: skip
     """x += product (+ LoRA of `module`), xw = x * weight (of the norm to come), ssq = sums of squares by
     block.
     """
     hidden, pdl = x.shape[1], can_overlap(x.device)
-    for first_row, count, lora in _spans(rows, adapters):
-        _residual_kernel[(count, num_blocks(hidden))](
-            first_row, product.y, *_slots_of(product), hidden, x, weight, xw, ssq, ssq.stride(0), layer,
-            module, *_lora_of(lora, ssq),
-            COLUMNS=COLUMNS, **_slot_constants(product), **_lora_constants(lora),
-            **_launch(pdl),
-        )  # fmt: skip
+    _residual_kernel[(rows, num_blocks(hidden))](
+        product.y, *_slots_of(product), hidden, x, weight, xw, ssq, ssq.stride(0), module,
+        *_lora_of(adapters, ssq),
+        COLUMNS=COLUMNS, **_slot_constants(product), HAS_LORA=adapters is not None, **_launch(pdl),
+    )  # fmt: skip
 
 
 def gather_normed(xw: Tensor, ssq: Tensor, rows: Tensor, out: Tensor, eps: float, count: int) -> None:
@@ -344,17 +317,6 @@ def gather_normed(xw: Tensor, ssq: Tensor, rows: Tensor, out: Tensor, eps: float
     )  # fmt: skip
 
 
-def _spans(rows: int, adapters: Adapters | None) -> Iterator[tuple[int, int, Adapters | None]]:
-    """(first row, how many, their adapters): rows without any run in a kernel that knows of none, the smaller
-    one.
-    """
-    some = min(rows, adapters.count) if adapters is not None else 0
-    if some:
-        yield 0, some, adapters
-    if rows > some:
-        yield some, rows - some, None
-
-
 def _slots_of(product: Product) -> tuple[int, int, int]:
     plan = product.plan
     return (0, 1, 1) if plan is None else (product.y.stride(0), plan.blocks_k, plan.units)
@@ -365,20 +327,8 @@ def _slot_constants(product: Product) -> dict[str, int]:
     return {"BLOCK_N": 1, "SLOTS": 0} if plan is None else {"BLOCK_N": plan.block_n, "SLOTS": plan.slots}
 
 
-def _lora_of(adapters: Adapters | None, filler: Tensor) -> tuple[Tensor | int, ...]:
-    if adapters is None:
-        return (*[filler] * 5, 0, 0, 0)
-    rows, v = adapters.rows, adapters.v
-    return (
-        adapters.arena, rows.row_tables, rows.row_strides, rows.row_tiles,
-        v, v.stride(0), v.stride(1), adapters.splits,
-    )  # fmt: skip
-
-
-def _lora_constants(adapters: Adapters | None, columns: int = COLUMNS) -> dict[str, int | bool]:
-    """For programs of so many columns, each thread with all rank rows of its own."""
-    splits = 1 if adapters is None else triton.next_power_of_2(adapters.splits)
-    return {"WIDE": max(1, columns // THREADS), "V_SPLITS": splits, "HAS_LORA": adapters is not None}
+def _lora_of(adapters: Adapters | None, filler: Tensor) -> tuple[Tensor, Tensor]:
+    return (filler, filler) if adapters is None else (adapters.delta, adapters.rows.row_tiles)
 
 
 def _launch(pdl: bool) -> dict[str, int | bool]:

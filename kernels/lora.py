@@ -7,10 +7,10 @@ offset of tile p of A (half 0) or B (half 1), -1 for none; behind these lie the 
 and module in the low half of an entry. P, the tiles of the adapter's largest module, is its own: nothing is
 padded to the rank of the company.
 
-The two halves of the product run apart:
+The product runs in two halves, beside the base product, which reads the same x:
 
-    shrink   v[t, m, r] = scale * x[t] . A[r]        before the base product, one tile and chunk at a time
-    expand   y[t, c] += sum_r v[t, m, r] * B[r, c]   inside the kernel that uses y (`fused`)
+    shrink   v[t, m, r] = scale * x[t] . A[r]          one tile and chunk at a time
+    expand   delta[t, c] = sum_r v[t, m, r] * B[r, c]  added by the kernel that uses the product (`fused`)
 
 v is float32, [splits, rows, modules of the group * 256]: the sides of A are cut into chunks whose sums are
 added by the reader, in order, so that results do not depend on who runs first. Prompts use the tensor cores
@@ -32,13 +32,16 @@ TILE = tl.constexpr(RANK_TILE)
 CHUNK = 1024  # of a side of A, per program
 ROWS_PER_SEGMENT = 8  # decode rows of one adapter that share one read of a tile
 PROMPT_ROWS = 64  # prompt rows of one adapter that one program multiplies
+COLUMNS, THREADS = 512, 128  # of a decode row, per program of expand
+FEW_PROGRAMS = 6  # per processor: so few leave it registers for two tiles at a time in each
 
 
 @dataclass(frozen=True, slots=True)
 class LoraRows:
     """Which rows use which adapter, on the device; all int32 but `tables`.
 
-    Each row of a decode step names its adapter; rows without one, and those of prompts, have no tiles.
+    Each decode row names its adapter; rows without one have no tiles. Rows of prompts name none, and their
+    tiles are negative: decode kernels are launched for more rows than there are, and pass over these.
     Segments are runs of rows of one adapter; prompts are cut into tiles of at most PROMPT_ROWS rows.
     `items[g]` lists, for the group g, every tile of A that decode rows need, as segment << 16 | module of
     the group << 8 | tile.
@@ -46,7 +49,7 @@ class LoraRows:
 
     row_tables: Tensor  # [D] int64: address of the table of the decode row's adapter
     row_strides: Tensor  # [D]: its P
-    row_tiles: Tensor  # [D, 7]: tiles of each module, the most of any layer
+    row_tiles: Tensor  # [T, 7]: tiles of each module, the most of any layer
     tables: Tensor  # [S] int64
     tile_strides: Tensor  # [S]
     tiles: Tensor  # [S, 7]
@@ -208,65 +211,72 @@ def load_v(v, stride_split, splits, place, offset, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def expand_row(
-    row, columns, is_column, width, arena, tables, tile_strides, tiles,
-    layer, module, slot, v, stride_split, stride_v, splits,
-    WIDE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+def module_of(block, width_0, width_1, width_2, COLUMNS: tl.constexpr):
+    """(module of the group, its width, where its columns begin, block of it) of a block of the columns of up
+    to three modules side by side."""
+    blocks_0 = tl.cdiv(width_0, COLUMNS)
+    blocks_1 = blocks_0 + tl.cdiv(width_1, COLUMNS)
+    slot = (block >= blocks_0).to(tl.int32) + (block >= blocks_1).to(tl.int32)
+    width = tl.where(slot == 0, width_0, tl.where(slot == 1, width_1, width_2))
+    left = tl.where(slot == 0, 0, tl.where(slot == 1, width_0, width_0 + width_1))
+    return slot, width, left, block - tl.where(slot == 0, 0, tl.where(slot == 1, blocks_0, blocks_1))
+
+
+@triton.jit(do_not_specialize=["layer", "first_module"])
+def _expand_rows_kernel(
+    delta, stride_delta, arena, tables, tile_strides, tiles, v, stride_split, stride_v, splits,
+    layer, first_module, width_0, width_1, width_2,
+    COLUMNS: tl.constexpr, IN_PAIRS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """sum_r v[row, slot, r] * B[r, columns] of the row's adapter -> float32; waits for v."""
+    allow_next(PDL)
+    row = tl.program_id(0)
+    slot, width, left, block = module_of(tl.program_id(1), width_0, width_1, width_2, COLUMNS)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = columns < width
+    module = first_module + slot
     table, stride, count = adapter_of(row, tables, tile_strides, tiles, module)
     matrix = (layer * NUM_MODULES + module) * 2 + 1
     place = row.to(tl.int64) * stride_v + slot * MAX_RANK
-    offset = tile_offset(table, stride, count, matrix, 0, WIDE)
-    b = load_b(arena, offset, columns, is_column, width)
+    first = tile_offset(table, stride, count, matrix, 0, WIDE)
+    b = load_b(arena, first, columns, is_column, width)
     wait(PDL)
-    u = load_v(v, stride_split, splits, place, offset, SPLITS)
-    # In each turn, where the next tile lies is asked for while this one is fetched.
-    following = tile_offset(table, stride, count, matrix, 1, WIDE)
-    y = tl.sum(u[:, None] * b.to(tl.float32), axis=0)
-    for tile in range(1, count):
-        offset, following = following, tile_offset(table, stride, count, matrix, tile + 1, WIDE)
-        b = load_b(arena, offset, columns, is_column, width)
-        u = load_v(v, stride_split, splits, place + tile * TILE, offset, SPLITS)
-        y += tl.sum(u[:, None] * b.to(tl.float32), axis=0)
-    return y
+    if count > 0:
+        u = load_v(v, stride_split, splits, place, first, SPLITS)
+        y = tl.sum(u[:, None] * b.to(tl.float32), axis=0)
+        # In each turn, where the next tiles lie is asked for while these are fetched.
+        next_0 = tile_offset(table, stride, count, matrix, 1, WIDE)
+        if IN_PAIRS:
+            next_1 = tile_offset(table, stride, count, matrix, 2, WIDE)
+            for tile in range(1, count, 2):
+                offset_0, offset_1 = next_0, next_1
+                next_0 = tile_offset(table, stride, count, matrix, tile + 2, WIDE)
+                next_1 = tile_offset(table, stride, count, matrix, tile + 3, WIDE)
+                b_0 = load_b(arena, offset_0, columns, is_column, width)
+                b_1 = load_b(arena, offset_1, columns, is_column, width)
+                u_0 = load_v(v, stride_split, splits, place + tile * TILE, offset_0, SPLITS)
+                u_1 = load_v(v, stride_split, splits, place + (tile + 1) * TILE, offset_1, SPLITS)
+                y += tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
+                y += tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
+        else:
+            for tile in range(1, count):
+                offset_0 = next_0
+                next_0 = tile_offset(table, stride, count, matrix, tile + 1, WIDE)
+                b_0 = load_b(arena, offset_0, columns, is_column, width)
+                u_0 = load_v(v, stride_split, splits, place + tile * TILE, offset_0, SPLITS)
+                y += tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
+        tl.store(
+            delta + row.to(tl.int64) * stride_delta + left + columns, y.to(delta.dtype.element_ty),
+            mask=is_column,
+        )  # fmt: skip
 
 
 @triton.jit
-def expand_row_pair(
-    row, columns_0, is_column_0, columns_1, is_column_1, width, arena, tables, tile_strides, tiles,
-    layer, module_0, slot_0, module_1, slot_1, v, stride_split, stride_v, splits,
-    WIDE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """`expand_row` for two sets of columns at once, of one module or of two."""
-    table, stride, count_0 = adapter_of(row, tables, tile_strides, tiles, module_0)
-    table, stride, count_1 = adapter_of(row, tables, tile_strides, tiles, module_1)
-    matrix_0 = (layer * NUM_MODULES + module_0) * 2 + 1
-    matrix_1 = (layer * NUM_MODULES + module_1) * 2 + 1
-    place_0 = row.to(tl.int64) * stride_v + slot_0 * MAX_RANK
-    place_1 = row.to(tl.int64) * stride_v + slot_1 * MAX_RANK
-    offset_0 = tile_offset(table, stride, count_0, matrix_0, 0, WIDE)
-    offset_1 = tile_offset(table, stride, count_1, matrix_1, 0, WIDE)
-    b_0 = load_b(arena, offset_0, columns_0, is_column_0, width)
-    b_1 = load_b(arena, offset_1, columns_1, is_column_1, width)
-    wait(PDL)
-    u_0 = load_v(v, stride_split, splits, place_0, offset_0, SPLITS)
-    u_1 = load_v(v, stride_split, splits, place_1, offset_1, SPLITS)
-    following_0 = tile_offset(table, stride, count_0, matrix_0, 1, WIDE)
-    following_1 = tile_offset(table, stride, count_1, matrix_1, 1, WIDE)
-    y_0 = tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
-    y_1 = tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
-    for tile in range(1, tl.maximum(count_0, count_1)):
-        offset_0, offset_1 = following_0, following_1
-        following_0 = tile_offset(table, stride, count_0, matrix_0, tile + 1, WIDE)
-        following_1 = tile_offset(table, stride, count_1, matrix_1, tile + 1, WIDE)
-        b_0 = load_b(arena, offset_0, columns_0, is_column_0, width)
-        b_1 = load_b(arena, offset_1, columns_1, is_column_1, width)
-        u_0 = load_v(v, stride_split, splits, place_0 + tile * TILE, offset_0, SPLITS)
-        u_1 = load_v(v, stride_split, splits, place_1 + tile * TILE, offset_1, SPLITS)
-        y_0 += tl.sum(u_0[:, None] * b_0.to(tl.float32), axis=0)
-        y_1 += tl.sum(u_1[:, None] * b_1.to(tl.float32), axis=0)
-    return y_0, y_1
+def load_delta(delta, tiles, row, module, at, columns, is_column):
+    """What LoRA adds to these columns of a row, float32; 0 where its adapter leaves the module alone."""
+    count = tl.load(tiles + row * NUM_MODULES + module)
+    is_changed = is_column & (count + tl.zeros_like(columns) != 0)  # a block, as masks want it
+    return tl.load(delta + at + columns, mask=is_changed, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["layer", "first_module", "num_modules"])
@@ -326,7 +336,7 @@ def _shrink_prompts_kernel(
 
 @triton.jit(do_not_specialize=["layer", "first_module", "num_modules"])
 def _expand_prompts_kernel(
-    y, stride_y, arena, v, stride_split, stride_v, splits,
+    delta, stride_delta, arena, v, stride_split, stride_v, splits,
     prompt_rows, prompt_counts, prompt_segments, num_tiles, tables, tile_strides, tiles,
     layer, first_module, num_modules, width_0, width_1, width_2,
     ROWS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PDL:
@@ -334,9 +344,7 @@ def _expand_prompts_kernel(
 ):  # fmt: skip
     allow_next(PDL)
     wait(PDL)
-    blocks_0 = tl.cdiv(width_0, COLUMNS)
-    blocks_1 = blocks_0 + tl.cdiv(width_1, COLUMNS)
-    blocks = blocks_1 + tl.cdiv(width_2, COLUMNS)
+    blocks = tl.cdiv(width_0, COLUMNS) + tl.cdiv(width_1, COLUMNS) + tl.cdiv(width_2, COLUMNS)
     total = tl.load(num_tiles) * blocks
     i = tl.arange(0, ROWS)
     j = tl.arange(0, RANKS)
@@ -344,12 +352,8 @@ def _expand_prompts_kernel(
     work = tl.program_id(0)
     while work < total:
         tile = work // blocks
-        block = work - tile * blocks
-        slot = (block >= blocks_0).to(tl.int32) + (block >= blocks_1).to(tl.int32)
-        width = tl.where(slot == 0, width_0, tl.where(slot == 1, width_1, width_2))
-        start = tl.where(slot == 0, 0, tl.where(slot == 1, blocks_0, blocks_1))
-        left = tl.where(slot == 0, 0, tl.where(slot == 1, width_0, width_0 + width_1))
-        columns = (block - start) * COLUMNS + c
+        slot, width, left, block = module_of(work - tile * blocks, width_0, width_1, width_2, COLUMNS)
+        columns = block * COLUMNS + c
         is_column = columns < width
         segment = tl.load(prompt_segments + tile)
         row = tl.load(prompt_rows + tile)
@@ -359,7 +363,7 @@ def _expand_prompts_kernel(
         entry = layer * NUM_MODULES + module
         if tiles_here > 0:
             rows = (row + i).to(tl.int64)
-            delta = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            y = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             for begin in range(0, tiles_here * TILE, RANKS):
                 offsets = tile_offset(table, stride, tiles_here, entry * 2 + 1, (begin + j) // TILE, TILE)
                 b = tl.load(
@@ -372,11 +376,11 @@ def _expand_prompts_kernel(
                 u = tl.zeros((ROWS, RANKS), dtype=tl.float32)
                 for split in range(splits):
                     u += tl.load(v + split * stride_split + place, mask=is_u, other=0.0)
-                delta = tl.dot(u.to(b.dtype), b, delta, input_precision=PRECISION)
-            pointers = y + rows[:, None] * stride_y + left + columns[None, :]
-            is_y = (i < count)[:, None] & is_column[None, :]
-            old = tl.load(pointers, mask=is_y, other=0.0).to(tl.float32)
-            tl.store(pointers, (old + delta).to(y.dtype.element_ty), mask=is_y)
+                y = tl.dot(u.to(b.dtype), b, y, input_precision=PRECISION)
+            tl.store(
+                delta + rows[:, None] * stride_delta + left + columns[None, :], y.to(delta.dtype.element_ty),
+                mask=(i < count)[:, None] & is_column[None, :],
+            )  # fmt: skip
         work += tl.num_programs(0)
 
 
@@ -449,21 +453,33 @@ def shrink_prompts(
     )  # fmt: skip
 
 
-def expand_prompts(
-    y: Tensor,
-    v: Tensor,
-    arena: Tensor,
-    rows: LoraRows,
-    layer: int,
-    first_module: int,
-    widths: tuple[int, ...],
-    splits: int,
-) -> None:
-    """y[t, c(m)] += v[t, m] @ B[m] in place, for the rows of prompts. y [T, sum(widths)]."""
-    pdl = can_overlap(y.device)
+def expand_decode(
+    delta: Tensor, v: Tensor, arena: Tensor, rows: LoraRows, count: int, layer: int, first_module: int,
+    widths: tuple[int, ...], splits: int,
+) -> None:  # fmt: skip
+    """delta[t, c(m)] = v[t, m] @ B[m] for the decode rows among the first `count`, where a row's adapter
+    changes module m. delta [>= count, sum(widths)]."""
+    pdl = can_overlap(delta.device)
     padded = (*widths, 0, 0)[:3]
-    _expand_prompts_kernel[(4 * num_processors(y.device),)](
-        y, y.stride(0), arena, v, v.stride(0), v.stride(1), splits,
+    blocks = sum(-(-width // COLUMNS) for width in widths)
+    is_few = count * blocks <= FEW_PROGRAMS * num_processors(delta.device)
+    _expand_rows_kernel[(count, blocks)](
+        delta, delta.stride(0), arena, rows.row_tables, rows.row_strides, rows.row_tiles,
+        v, v.stride(0), v.stride(1), splits, layer, first_module, *padded,
+        COLUMNS=COLUMNS, IN_PAIRS=is_few, WIDE=COLUMNS // THREADS, SPLITS=triton.next_power_of_2(splits),
+        PDL=pdl, num_warps=THREADS // 32, **launch_options(pdl),
+    )  # fmt: skip
+
+
+def expand_prompts(
+    delta: Tensor, v: Tensor, arena: Tensor, rows: LoraRows, layer: int, first_module: int,
+    widths: tuple[int, ...], splits: int,
+) -> None:  # fmt: skip
+    """`expand_decode` for the rows of prompts, on the tensor cores."""
+    pdl = can_overlap(delta.device)
+    padded = (*widths, 0, 0)[:3]
+    _expand_prompts_kernel[(4 * num_processors(delta.device),)](
+        delta, delta.stride(0), arena, v, v.stride(0), v.stride(1), splits,
         rows.prompt_first_row, rows.prompt_row_count, rows.prompt_segment, rows.num_prompt_tiles,
         rows.tables, rows.tile_strides, rows.tiles,
         layer, first_module, len(widths), *padded,

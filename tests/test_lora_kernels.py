@@ -79,6 +79,8 @@ SOME = POPULARITIES if HAS_GPU else ("distinct", "identical")  # the interpreter
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "CHUNK", 16)
     monkeypatch.setattr(fused, "COLUMNS", 32)
+    monkeypatch.setattr(lora, "COLUMNS", 32)
+    monkeypatch.setattr(lora, "THREADS", 32)
 
 
 class World:
@@ -102,7 +104,7 @@ class World:
         self.arena = self.arena.to(DEVICE)
         self.batch = self._batch(of_rows, lengths or [1] * len(of_rows))
         self.tokens = self.batch.num_tokens
-        limits = Limits(tokens=self.tokens + 3, rows=len(of_rows) + 2, blocks=99, query_rows=16)
+        limits = Limits(tokens=self.tokens + 3, rows=self.tokens + 2, blocks=99, query_rows=16)
         self.inputs = StepInputs(limits, DEVICE, LAYERS)
         self.inputs.fill(self.batch, self.tokens, self.batch.num_single, 0)
         self.rows = self.inputs.lora
@@ -116,14 +118,29 @@ class World:
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, generator=self.random).to(DEVICE, dtype or self.dtype)
 
-    def shrink(self, group: str, layer: int, x: Tensor) -> Adapters:
-        """v of the rows of a decode step, NaN where nothing has been written."""
-        modules, splits = len(GROUP_MODULES[group]), lora.num_splits(x.shape[1])
-        v = torch.full((splits, self.tokens + 2, modules * 256), NAN, device=DEVICE)
-        lora.shrink_decode(x, v, self.arena.view(-1), self.rows, self.places, layer, GROUPS.index(group))
-        return Adapters(self.arena.view(-1), self.rows, v, splits, self.batch.num_single)
+    def shrink(self, group: str, layer: int, x: Tensor) -> Tensor:
+        """v of the step's rows, NaN where nothing has been written."""
+        modules, splits = GROUP_MODULES[group], lora.num_splits(x.shape[1])
+        v = torch.full((splits, self.tokens + 2, len(modules) * 256), NAN, device=DEVICE)
+        flat, first = self.arena.view(-1), MODULES.index(modules[0])
+        lora.shrink_decode(x, v, flat, self.rows, self.places, layer, GROUPS.index(group))
+        lora.shrink_prompts(x, v, flat, self.rows, layer, LAYERS, first, len(modules))
+        return v
 
-    def expected(self, group: str, layer: int, x: Tensor, y: Tensor, *, prompts_only: bool = False) -> Tensor:
+    def adapters(self, group: str, layer: int, x: Tensor) -> Adapters:
+        """What LoRA adds to the step's rows, NaN where nothing has been written. Rows of prompts name an
+        adapter's table that is no longer there."""
+        self.rows.row_tables[self.batch.num_single :] = 1
+        v, modules = self.shrink(group, layer, x), GROUP_MODULES[group]
+        widths = tuple(module_shape(CONFIG, module)[0] for module in modules)
+        delta = torch.full((self.tokens, sum(widths)), NAN, dtype=self.dtype, device=DEVICE)
+        of = (delta, v, self.arena.view(-1), self.rows)
+        where = (layer, MODULES.index(modules[0]), widths, v.shape[0])
+        lora.expand_decode(*of, self.tokens, *where)  # more rows than decode, as steps are padded
+        lora.expand_prompts(*of, *where)
+        return Adapters(delta, self.rows)
+
+    def expected(self, group: str, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """The reference, in float32."""
         x, y = x.float(), y.float().clone()
         first, modules = MODULES.index(GROUP_MODULES[group][0]), GROUP_MODULES[group]
@@ -131,7 +148,7 @@ class World:
         widths = [module_shape(CONFIG, module)[0] for module in modules]
         start = self.batch.query_start
         for sequence, adapter in enumerate(self.batch.adapter_of_seq):
-            if adapter < 0 or (prompts_only and sequence < self.batch.num_single):
+            if adapter < 0:
                 continue
             table = self.batch.adapters[adapter].table(LAYERS)
             reference.lora_pages(
@@ -190,7 +207,7 @@ def test_the_first_half_is_the_product_with_each_rows_own_a(
 ) -> None:
     world = World(dtype, POPULARITIES[popularity])
     x = world.randn(world.tokens, CONFIG.hidden_size)
-    v = world.shrink("qkv", layer, x).v.sum(0)
+    v = world.shrink("qkv", layer, x).sum(0)
     written = torch.zeros_like(v, dtype=torch.bool)
     for row, adapter in enumerate(world.batch.adapter_of_seq):
         modules = world.batch.adapters[adapter].layout.modules if adapter >= 0 else ()
@@ -243,8 +260,8 @@ def test_the_residual_takes_product_and_lora(popularity: str, dtype: torch.dtype
     )
     xw = torch.full((rows, hidden), NAN, dtype=dtype, device=DEVICE)
     ssq = torch.full((rows, blocks), NAN, device=DEVICE)
-    adapters = world.shrink("o", layer, mixed)
-    fused.residual(product, x, norm, xw, ssq, layer, MODULES.index("o_proj"), rows, adapters)
+    adapters = world.adapters("o", layer, mixed)
+    fused.residual(product, x, norm, xw, ssq, MODULES.index("o_proj"), rows, adapters)
     assert_close(x, expected, dtype)
     assert_close(xw, expected * norm.float(), dtype)
     assert_close(ssq.sum(1), expected.square().sum(1), dtype)
@@ -265,7 +282,7 @@ def test_the_gate_takes_products_and_lora_of_both_sides(popularity: str, dtype: 
     product = world.product(
         xw, weight, {"distinct": 3, "uniform": 1, "skewed": 4, "identical": 8}[popularity]
     )
-    fused.gate(product, ssq, hidden, EPS, got, layer, rows, world.shrink("gate_up", layer, xw))
+    fused.gate(product, ssq, hidden, EPS, got, rows, world.adapters("gate_up", layer, xw))
     assert_close(got, expected, dtype)
 
 
@@ -296,7 +313,7 @@ def test_rotary_takes_products_and_lora_and_writes_k_and_v(
     fused.rotary_write(
         world.product(xw, weight, 3), ssq, hidden, EPS, angles.cos(), angles.sin(), q, slabs,
         slots.to(DEVICE), layer, rows, bias=bias, q_norm=norms and norms[0], k_norm=norms and norms[1],
-        adapters=world.shrink("qkv", layer, xw),
+        adapters=world.adapters("qkv", layer, xw),
     )  # fmt: skip
 
     normed = xw.float() * scale
@@ -318,38 +335,41 @@ def test_rotary_takes_products_and_lora_and_writes_k_and_v(
 
 
 @BOTH
+@pytest.mark.parametrize("in_pairs", [True, False])
 @pytest.mark.parametrize("group", ["qkv", "gate_up", "o"])
-def test_prompts_beside_decode_rows_get_their_own_adapters(group: str, dtype: torch.dtype) -> None:
+def test_every_row_gets_what_its_own_adapter_adds_and_no_other_row_anything(
+    group: str, in_pairs: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts beside decode rows; tiles of B one by one and in pairs, of even and odd numbers of them."""
+    monkeypatch.setattr(lora, "FEW_PROGRAMS", 1 << 20 if in_pairs else 0)
     world, layer = World(dtype, [1, 0, 3, None, 2, 4, None], [1, 1, 67, 4, 3, 2, 1]), 1
     out, side = group_shape(CONFIG, group)
+    x = world.randn(world.tokens, side)
+    expected = world.expected(group, layer, x, torch.zeros(world.tokens, out, device=DEVICE))
+    delta = world.adapters(group, layer, x).delta
+    written, tiles = torch.zeros_like(delta, dtype=torch.bool), world.rows.row_tiles
     modules = GROUP_MODULES[group]
-    x, y = world.randn(world.tokens, side), world.randn(world.tokens, out)
-    expected = world.expected(group, layer, x, y, prompts_only=True)
-    adapters, first = world.shrink(group, layer, x), MODULES.index(modules[0])
-    flat = world.arena.view(-1)
-    lora.shrink_prompts(x, adapters.v, flat, world.rows, layer, LAYERS, first, len(modules))
-    before = y.clone()
-    widths = tuple(module_shape(CONFIG, module)[0] for module in modules)
-    lora.expand_prompts(y, adapters.v, flat, world.rows, layer, first, widths, adapters.splits)
-    assert_close(y, expected, dtype)
-    start = world.batch.query_start
-    for sequence, adapter in enumerate(world.batch.adapter_of_seq):
-        if adapter < 0 or sequence < world.batch.num_single:
-            rows = slice(start[sequence], start[sequence + 1])
-            assert torch.equal(y[rows], before[rows])
+    widths = [module_shape(CONFIG, module)[0] for module in modules]
+    for module, columns in zip(modules, written.split(widths, dim=1), strict=True):
+        columns[:] = (tiles[: world.tokens, MODULES.index(module)] != 0)[:, None]
+    assert written.any()
+    assert not written.all()
+    assert_close(delta[written], expected[written], dtype)
+    assert delta[~written].isnan().all()
+    assert (expected[~written] == 0).all()
 
 
 @BOTH
-def test_rows_behind_those_with_adapters_run_without(dtype: torch.dtype) -> None:
-    world, layer = World(dtype, [0, 3, None], [1, 1, 3]), 0
+def test_rows_without_adapters_are_the_product_alone(dtype: torch.dtype) -> None:
+    world, layer = World(dtype, [0, 3, None, 3], [1, 1, 3, 2]), 0
     rows, (hidden, side) = world.tokens, group_shape(CONFIG, "down")
     gated, y = world.randn(rows, side), world.randn(rows, hidden)
     x = torch.zeros(rows, hidden, device=DEVICE)
     xw, ssq = torch.empty_like(y), torch.full((rows, fused.num_blocks(hidden)), NAN, device=DEVICE)
-    adapters, norm = world.shrink("down", layer, gated), world.randn(hidden)
-    fused.residual(Product(y, None), x, norm, xw, ssq, layer, MODULES.index("down_proj"), rows, adapters)
+    adapters, norm = world.adapters("down", layer, gated), world.randn(hidden)
+    fused.residual(Product(y, None), x, norm, xw, ssq, MODULES.index("down_proj"), rows, adapters)
     assert_close(x, world.expected("down", layer, gated, y), dtype)
-    assert torch.equal(x[2:], y[2:].float())
+    assert torch.equal(x[2:5], y[2:5].float())
 
 
 @BOTH
