@@ -71,6 +71,7 @@ def run_rows(bench: Bench, rows: Iterable[Row]) -> Iterator[Record]:
             record["error"] = f"{type(error).__name__}: {error}"
             bench.drop_engine()
         record["seconds"] = round(time.perf_counter() - started, 1)
+        record["copy_bytes_per_s"] = bench.copy_bytes_per_s  # rows of other groups have another process
         if bench.is_cuda:
             record["gpu_bytes_peak"] = torch.cuda.max_memory_allocated(bench.device)
         yield record

@@ -32,7 +32,7 @@ TILE = tl.constexpr(RANK_TILE)
 CHUNK = 1024  # of a side of A, per program
 ROWS_PER_SEGMENT = 8  # decode rows of one adapter that share one read of a tile
 PROMPT_ROWS = 64  # prompt rows of one adapter that one program multiplies
-COLUMNS, THREADS = 512, 128  # of a decode row, per program of expand
+COLUMNS, THREADS = 512, 128  # of a decode row, per program of expand; threads of that program
 FEW_PROGRAMS = 6  # per processor: so few leave it registers for two tiles at a time in each
 
 
