@@ -8,9 +8,9 @@ For a decode step of one token per row, over rows, ranks and popularities (how t
 Punica has them), on all seven modules of a layer of Llama-3.1-8B in bfloat16. A figure is a difference: the
 time of a layer with LoRA less that of the same layer without, both recorded as CUDA graphs over several
 layers, so that each reads weights and adapters from memory as a model does. Ours are the layers that the
-engine runs (without attention), where LoRA's second half is part of other kernels; looking up where the tiles
-lie, once a step, is in a column of its own (`resolve`), and so is the first half alone (`shrink`). A peer's
-layer is the library's four products. `host` is the time its host takes to prepare a step.
+engine runs (without attention), where LoRA runs beside the products; looking up where the tiles lie, once a
+step, is in a column of its own (`resolve`), and so is the first half alone (`shrink`). A peer's layer is the
+library's four products. `host` is the time its host takes to prepare a step.
 
 The floor is A and B of each adapter in the step, read once at the copy bandwidth measured in the same run.
 Before anything is timed, outputs are held against plain torch in float32, in buffers that held NaN.
