@@ -119,6 +119,7 @@ async def refresh(
     results: dict[str, Refreshed] = {}
     shares: dict[str, float] = {}
     async with store.events() as events:
+        epochs = {user: (await store.pointer(user)).epoch for user in users if wait}
         jobs = {user: str((await enqueue(user))["job_id"]) for user in users}
         if not wait:
             return [Refreshed(user, job, "queued") for user, job in jobs.items()]
@@ -141,6 +142,10 @@ async def refresh(
                 )
             on_progress(sum(shares.values()) / len(jobs), f"{len(results)} of {len(jobs)} people")
 
+        def forgotten(user: str) -> None:  # and so is the job
+            end = {"state": "failed", "code": "forgotten", "message": "forgotten meanwhile"}
+            take(user, {"job_id": jobs[user], **end})
+
         looked = time.monotonic()
         news = asyncio.ensure_future(anext(events))
         try:
@@ -149,9 +154,8 @@ async def refresh(
                 if news.done():
                     event = news.result()
                     user = event.get("user")
-                    if user in jobs and event.get("type") == "adapter.forgotten":  # and so is the job
-                        end = {"state": "failed", "code": "forgotten", "message": "forgotten meanwhile"}
-                        take(user, {"job_id": jobs[user], **end})
+                    if user in jobs and event.get("type") == "adapter.forgotten":
+                        forgotten(user)
                     elif user in jobs and "state" in event:
                         take(user, event)
                     news = asyncio.ensure_future(anext(events))
@@ -159,6 +163,8 @@ async def refresh(
                     looked = time.monotonic()
                     for user in jobs.keys() - results.keys():
                         take(user, await store.progress(user))
+                        if (await store.pointer(user)).epoch != epochs[user]:
+                            forgotten(user)
         finally:
             news.cancel()
             with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):

@@ -4,9 +4,10 @@ A frame is JSON text, or msgpack bytes under the subprotocol `attune.v1.msgpack`
 `read_event` turn a frame into a `ClientEvent`; `Codec.encode` turns any event of `events.py` into a frame.
 """
 
+import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgpack
 import msgspec
@@ -217,7 +218,7 @@ def convert(value: Any, kind: type[T]) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _bad_field(error) from None
+        raise _bad_field(error, kind) from None
 
 
 def read_body(body: bytes, kind: type[T]) -> T:
@@ -225,16 +226,28 @@ def read_body(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _bad_field(error) from None
+        raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"expected a JSON object: {error}", code="invalid_json") from None
 
 
-def _bad_field(error: msgspec.ValidationError) -> BadRequest:
+def _bad_field(error: msgspec.ValidationError, kind: type[Any]) -> BadRequest:
     message, _, path = str(error).partition(" - at `$")
     missing = re.search(r"required field `(\w+)`", message)
     param = missing[1] if missing else path.strip("`").lstrip(".") or None
+    choices = _choices(kind, param)
+    if choices and (wrong := message.removeprefix("Invalid enum value ")) != message:
+        message = f"expected {' or '.join(choices)}, got {wrong}"
     return BadRequest(f"{param}: {message}" if param else message, param=param)
+
+
+def _choices(kind: type[Any], param: str | None) -> list[str]:
+    """The values that a field of the struct takes, as JSON, if it names them; msgspec says only that another
+    was given."""
+    (wanted,) = [field.type for field in msgspec.structs.fields(kind) if field.encode_name == param] or [None]
+    parts = (wanted, *get_args(wanted))
+    named = [json.dumps(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    return [*named, "null"] if named and type(None) in parts else named
 
 
 def text_of(content: Any, param: str) -> str:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -135,6 +137,27 @@ async def test_a_person_who_is_forgotten_meanwhile_is_not_waited_for(store: Stor
         await working
     assert [(one.user, one.state) for one in done] == [("ada", "failed"), ("bob", "completed")]
     assert done[0].reason == "forgotten meanwhile"
+
+
+async def test_news_that_someone_was_forgotten_may_be_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def silence() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        async def nothing() -> AsyncIterator[dict[str, Any]]:
+            await asyncio.Event().wait()
+            yield {}
+
+        yield nothing()
+
+    async def enqueue(user: str) -> dict[str, str]:
+        await store.forget("ada")
+        return {"job_id": "job-ada"}
+
+    monkeypatch.setattr(store, "events", silence)
+    async with asyncio.timeout(20):
+        (done,) = await operations.refresh(store, ["ada"], enqueue, wait=True, on_progress=silent)
+    assert (done.state, done.code) == ("failed", "forgotten")
 
 
 async def test_without_waiting_the_job_is_named(store: Store) -> None:

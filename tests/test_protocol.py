@@ -91,6 +91,12 @@ def test_a_field_of_the_wrong_kind_is_named(message: dict[str, object], param: s
     assert caught.value.param == param
 
 
+def test_a_value_that_is_none_of_a_few_is_told_which_they_are() -> None:
+    with pytest.raises(UnreadableEvent) as caught:
+        read_event({"type": "feedback.create", "item_id": "t", "rating": "great"})
+    assert str(caught.value) == """rating: expected "up" or "down" or null, got 'great'"""
+
+
 def test_a_rating_of_null_is_not_the_same_as_no_rating() -> None:
     taken_back = read_event({"type": "feedback.create", "item_id": "t", "rating": None})
     left_out = read_event({"type": "feedback.create", "item_id": "t"})
