@@ -416,6 +416,23 @@ def test_rating_and_correcting_a_reply_teach_it(open_page: Open) -> None:
     expect(page.locator(".count")).to_have_text("1")
 
 
+def test_a_correction_that_is_refused_leaves_the_reply_and_its_rating_as_they_were(open_page: Open) -> None:
+    page = open_page("corrector")
+    say(page, "How are you?")
+    reply_ended(page)
+    said = page.locator(".reply .prose").inner_text()
+    good = page.get_by_role("button", name="Good reply: learn from it")
+    good.click()
+    expect(page.locator(".count")).to_have_text("2")
+    page.get_by_role("button", name="Correct this reply").click()
+    page.get_by_label("What it should have said").fill("word " * 14000)
+    page.get_by_role("button", name="Save correction").click()
+    expect(page.locator(".toast").filter(has_text="text: expected at most")).to_be_visible(timeout=REPLY_MS)
+    expect(page.locator(".reply .prose")).to_have_text(said)
+    expect(page.locator(".reply .badge")).not_to_have_text("your words")
+    expect(good).to_have_attribute("aria-pressed", "true")
+
+
 def test_forgetting_asks_for_the_name_and_then_leaves_nothing(open_page: Open) -> None:
     page = open_page("leaver")
     say(page, "Remember me?")

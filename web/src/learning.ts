@@ -10,8 +10,14 @@ import { versionName } from "./format";
 import type { Me, Rating, ServerEvent } from "./protocol";
 import { ended, type RefreshStage, type ReplyItem, type State } from "./state";
 
+/** What was said of a reply and is shown already, and how to take it back should the service refuse it. */
+interface Given {
+  item: ReplyItem;
+  takeBack: () => void;
+}
+
 export class Learning {
-  private readonly feedback = new Map<string, ReplyItem>();
+  private readonly feedback = new Map<string, Given>();
   private forgetting = false;
 
   constructor(private readonly app: App) {}
@@ -28,25 +34,31 @@ export class Learning {
 
   rate(item: ReplyItem, rating: Rating): void {
     if (!item.id) return;
-    item.rating = item.rating === rating ? null : rating;
-    this.sendFeedback(item, { rating: item.rating });
+    const before = item.rating;
+    const given = before === rating ? null : rating;
+    item.rating = given;
+    this.sendFeedback({ rating: given }, item, () => {
+      if (item.rating === given) item.rating = before; // else another one was given since
+    });
   }
 
   correct(item: ReplyItem, text: string): void {
     if (!item.id) return;
-    item.original = item.original ?? item.text;
-    item.text = text;
-    item.author = "person";
-    item.rating = null;
-    this.sendFeedback(item, { correction: text });
+    const { original, text: said, author, rating } = item;
+    Object.assign(item, { original: original ?? said, text, author: "person", rating: null });
+    this.sendFeedback({ correction: text }, item, () => {
+      if (item.text === text) Object.assign(item, { original, text: said, author, rating });
+    });
   }
 
   /** An error names the feedback it refuses; true if it was one of ours. */
   refused(eventId: string): boolean {
-    const item = this.feedback.get(eventId);
+    const given = this.feedback.get(eventId);
+    if (!given) return false;
     this.feedback.delete(eventId);
-    if (item) this.app.touch(item);
-    return item !== undefined;
+    given.takeBack();
+    this.app.touch(given.item);
+    return true;
   }
 
   /** Someone else is here now. */
@@ -54,17 +66,21 @@ export class Learning {
     this.feedback.clear();
   }
 
-  private sendFeedback(item: ReplyItem, what: { rating?: Rating | null; correction?: string }): void {
+  private sendFeedback(
+    what: { rating?: Rating | null; correction?: string },
+    item: ReplyItem,
+    takeBack: () => void,
+  ): void {
     if (!item.id) return;
     const id = newId("fb_");
-    this.feedback.set(id, item);
+    this.feedback.set(id, { item, takeBack });
     this.app.transmit({ type: "feedback.create", event_id: id, item_id: item.id, ...what });
     this.app.touch(item);
   }
 
   /** `feedback.created`: a correction is a turn of its own from here on. */
   saved(event: ServerEvent): void {
-    const item = this.feedback.get(event.event_id ?? "");
+    const item = this.feedback.get(event.event_id ?? "")?.item;
     this.feedback.delete(event.event_id ?? "");
     if (item && event.correction_id) {
       item.id = event.correction_id;
