@@ -1,8 +1,8 @@
 """A person's turns → rows to train on and rows to judge by. Pure: the same turns give the same rows.
 
-The cut is by time: the newest part of what can be learned is the gate's and is never trained on. A row is a
-window of whole turns in the order they were said, rendered as serving would; the windows are in order too,
-the newest last. Turns of others stay in a row as context, unlearned.
+The cut is by time: the newest part of what can be learned is the gate's, and no candidate is trained on it.
+A row is a window of whole turns in the order they were said, rendered as serving would; the windows are in
+order too, the newest last. Turns of others stay in a row as context, unlearned.
 """
 
 import math
@@ -14,7 +14,12 @@ from personalization.history import Turn, effective, learned, served_turns
 from personalization.prompt import Example, Renderer
 
 
-def training_rows(turns: Sequence[Turn], renderer: Renderer, window_tokens: int) -> list[Example]:
+def training_rows(
+    turns: Sequence[Turn],
+    renderer: Renderer,
+    window_tokens: int,
+    learn: Callable[[Turn], bool] = learned,
+) -> list[Example]:
     """Windows of whole turns, at most `window_tokens` tokens each, oldest first. A window ends with its last
     turn to learn, and one without any is no row. A turn longer than a window is a row of its own, cut at its
     end."""
@@ -29,9 +34,9 @@ def training_rows(turns: Sequence[Turn], renderer: Renderer, window_tokens: int)
         while past < len(said) and used + costs[past] <= room:
             used += costs[past]
             past += 1
-        lessons = [place for place in range(first, past) if learned(said[place])]
+        lessons = [place for place in range(first, past) if learn(said[place])]
         if lessons:
-            example = renderer.example(said[first : lessons[-1] + 1])
+            example = renderer.example(said[first : lessons[-1] + 1], learn)
             row = Example(example.token_ids[:window_tokens], example.learn_mask[:window_tokens])
             if any(row.learn_mask):
                 rows.append(row)
@@ -41,23 +46,25 @@ def training_rows(turns: Sequence[Turn], renderer: Renderer, window_tokens: int)
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """`said`: the turns as they should have been, oldest first; the gate's part begins at `cut`. `train` and
-    `gate` are the ids of the turns that are learned in each part."""
+    """`said`: the turns as they should have been, oldest first; the first that is held out is at `cut`. By
+    their ids: `newest`, the turns held out, `gate`, those of them that judge, and `train`, all others that
+    are learned."""
 
     said: list[Turn]
     cut: int
     train: tuple[str, ...]
+    newest: tuple[str, ...]
     gate: tuple[str, ...]
 
 
 def hold_out(
     turns: Sequence[Turn], gate_fraction: float, known: Collection[str] = (), *, most: int | None = None
 ) -> HeldOut:
-    """Where the gate's part begins: it has the newest `gate_fraction` of the learned turns (one at least, if
-    there are two; at most `most`), without those that repeat the words of a trained turn.
+    """What is held out: the newest `gate_fraction` of the learned turns (one at least, if there are two; at
+    most `most`). Those that repeat the words of another turn judge nobody.
 
     `known`: the ids that the version to be judged against has learned; nobody can be judged by these, so the
-    newest of the others are held out then, and at most half of them."""
+    newest of the others are held out then, and at most half of them. They may be older than known ones."""
     if not 0.0 <= gate_fraction < 1.0:
         raise ValueError(f"gate_fraction: expected 0 to below 1, got {gate_fraction}")
     said = _shown(sorted(turns, key=lambda turn: turn.at))
@@ -68,10 +75,12 @@ def hold_out(
         room = min(room, most)
     held_out = min(math.ceil(len(lessons) * gate_fraction), room) if lessons else 0
     cut = fresh[len(fresh) - held_out] if held_out else len(said)
-    train = [said[place] for place in lessons if place < cut]
+    newest = [said[place] for place in fresh if place >= cut]
+    ids = {turn.id for turn in newest}
+    train = [said[place] for place in lessons if said[place].id not in ids]
     words_known = {words(turn) for turn in train}
-    gate = [said[place] for place in fresh if place >= cut and words(said[place]) not in words_known]
-    return HeldOut(said, cut, tuple(turn.id for turn in train), tuple(turn.id for turn in gate))
+    gate = [turn for turn in newest if words(turn) not in words_known]
+    return HeldOut(said, cut, *(tuple(turn.id for turn in part) for part in (train, newest, gate)))
 
 
 @dataclass(frozen=True, slots=True)

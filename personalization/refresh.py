@@ -316,9 +316,9 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Rows to train on and to judge by, and the turns learned in the first. `newest`: the turns that judge,
-    as rows to learn from when they have. `all_turns`: all that there are to learn; `new`: how many of them
-    the rival does not know."""
+    """Rows to train on and to judge by, and the turns learned in the first. `newest`: the turns held out, as
+    rows to learn from when they have judged. `all_turns`: all that there are to learn; `new`: how many of
+    them the rival does not know."""
 
     train: list[Example]
     gate: list[Example]
@@ -330,20 +330,22 @@ class Lesson:
 
 
 def choose(turns: Sequence[Turn], seen: Collection[str], renderer: Renderer, policy: RefreshPolicy) -> Lesson:
-    """What the next version learns: all turns older than those that judge it, the newest `most_turns` of
+    """What the next version learns: all turns but those held out to judge it, the newest `most_turns` of
     them. None of the ids in `seen`, those of the turns that its rival learned, judges it. A turn that the
     person took out is in no row to learn from, not even as context. Pure."""
     known = _known(turns, seen, policy)
     held = hold_out(turns, policy.gate_fraction, known, most=policy.most_turns)
-    judged = set(held.gate)
+    judged, newest = set(held.gate), set(held.newest)
     before, after = held.said[: held.cut], held.said[held.cut :]
     gate = serving_rows(
         before, after, renderer, most_tokens=policy.gate_tokens, learn=lambda turn: turn.id in judged
     )
-    older, latest = (_newest(part, policy.most_turns) for part in (before, after))
-    train, newest_rows = (training_rows(part, renderer, policy.row_tokens) for part in (older, latest))
-    trained_turns, newest_turns = (tuple(t.id for t in part if learned(t)) for part in (older, latest))
-    all_turns = (*held.train, *newest_turns)
+    older, latest = (_newest(part, policy.most_turns) for part in (_without(held.said, newest), after))
+    train = training_rows(older, renderer, policy.row_tokens)
+    newest_rows = training_rows(latest, renderer, policy.row_tokens, lambda turn: turn.id in newest)
+    trained_turns = tuple(turn.id for turn in older if learned(turn))
+    newest_turns = tuple(turn.id for turn in latest if turn.id in newest)
+    all_turns = (*held.train, *held.newest)
     new = len(set(all_turns) - known)
     return Lesson(train, gate, newest_rows, trained_turns, newest_turns, all_turns, new)
 
@@ -353,6 +355,18 @@ def _known(turns: Sequence[Turn], seen: Collection[str], policy: RefreshPolicy) 
     `most_turns`, which it was not to see either."""
     lessons = [turn.id for turn in sorted(turns, key=lambda turn: turn.at) if learned(turn)]
     return frozenset(seen).union(lessons[: -policy.most_turns] if seen else ())
+
+
+def _without(said: Sequence[Turn], held_out: Collection[str]) -> list[Turn]:
+    """All but the turns held out and what was said upon each, until the next turn to learn."""
+    kept: list[Turn] = []
+    is_out = False
+    for turn in said:
+        if learned(turn):
+            is_out = turn.id in held_out
+        if not is_out:
+            kept.append(turn)
+    return kept
 
 
 def _newest(said: Sequence[Turn], most: int) -> list[Turn]:

@@ -681,6 +681,20 @@ def test_nobody_is_judged_by_what_the_rival_has_learned(renderer: Renderer):
         assert lesson.new == 100 - seen
 
 
+def test_what_is_new_may_be_old_and_what_the_rival_learned_since_is_learned_too(renderer: Renderer):
+    """Old replies rated up, or an archive brought along: held out are they, not what came later."""
+    turns = talk("ann", 100)
+    turns[30] = dataclasses.replace(turns[30], author="model")  # said upon the last of them
+    new = [turn.id for turn in turns[20:30]]
+    lesson = choose(turns, [turn.id for turn in turns if turn.id not in new], renderer, POLICY)
+    assert lesson.newest_turns == tuple(new[5:])
+    kept = [*turns[:25], *turns[31:]]
+    assert lesson.trained_turns == tuple(turn.id for turn in kept)
+    assert lesson.train == training_rows(kept, renderer, POLICY.row_tokens)
+    assert learned_turns(lesson.gate) == learned_turns(lesson.newest) == 5
+    assert (len(lesson.all_turns), lesson.new) == (99, 10)
+
+
 def test_held_out_words_that_were_trained_judge_nobody_and_are_learned_all_the_same(renderer: Renderer):
     turns = talk("ann", 60)
     turns[57] = dataclasses.replace(turns[57], text=turns[3].text)
