@@ -682,7 +682,7 @@ def test_nobody_is_judged_by_what_the_rival_has_learned(renderer: Renderer):
 
 
 def test_what_is_new_may_be_old_and_what_the_rival_learned_since_is_learned_too(renderer: Renderer):
-    """Old replies rated up, or an archive brought along: held out are they, not what came later."""
+    """Old replies rated up, or an archive brought along, are held out; what came later is not."""
     turns = talk("ann", 100)
     turns[30] = dataclasses.replace(turns[30], author="model")  # said upon the last of them
     new = [turn.id for turn in turns[20:30]]
