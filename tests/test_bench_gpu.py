@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_gpu, bench_start, gpu_rows
+from benchmarks import bench_gpu, bench_profile, bench_start, gpu_rows
 from benchmarks.bench_gpu import Record, run_rows, supervise, table
 from benchmarks.driving import Budget, OverBudget, Work, WrongReply, changes, make_work
 from benchmarks.gpu_rows import ROWS, Bench, Measured, Row, drop_from_page_cache, popularity
@@ -195,6 +195,19 @@ def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected --files" in capsys.readouterr().err
     bench_gpu.main(["--list"])
     assert len(capsys.readouterr().out.splitlines()) == len(ROWS)
+
+
+def test_a_profile_names_what_was_run_with_adapters_and_without(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_profile.main(["--tiny", "--requests", "8", "--adapters", "4", "--lines", "2"])
+    *shown, last = capsys.readouterr().out.splitlines()
+    runs = json.loads(last)["runs"]
+    assert list(runs) == ["without adapters", "4 adapters"]
+    for run in runs.values():
+        assert run["steps"] > 0
+        times = [kernel["ms_per_step"] for kernel in run["kernels"]]
+        assert times == sorted(times, reverse=True)
+        assert any("linear" in kernel["kernel"] for kernel in run["kernels"])
+        assert any(run["kernels"][0]["kernel"] in line for line in shown)
 
 
 def test_a_start_is_measured_phase_by_phase(tmp_path: Path) -> None:
