@@ -78,11 +78,10 @@ def _embed_kernel(
 def _rotary_kernel(
     y, slot_stride, blocks_k, units, N, bias, ssq, stride_ssq, blocks, H, eps,
     q_norm, k_norm, cos, sin, q, slabs, slots, slab_stride, layer_stride, kv_stride,
-    layer, num_q, num_kv, BLOCK_SIZE, D, HALF,
-    delta, tiles,
-    HEADS: tl.constexpr, HALF_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, BLOCKS:
-    tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_LORA: tl.constexpr, PDL: tl.constexpr,
+    layer, num_q, num_kv, BLOCK_SIZE, D, HALF, delta, tiles,
+    HEADS: tl.constexpr, HALF_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_LORA: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
     row = tl.program_id(0)
