@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.linear import LinearPlan, add_slots
-from kernels.lora import LoraRows, load_delta
+from kernels.lora import LoraRows, load_delta, tiles_of
 from kernels.programs import allow_next, can_overlap, launch_options, wait
 
 COLUMNS = 512  # of a row, per program
@@ -99,13 +99,15 @@ def _rotary_kernel(
     low = head * D + pair
     high = low + HALF
     kind = module + tl.zeros_like(c)  # a block, as masks want it
+    if HAS_LORA:
+        count = tiles_of(tiles, row, module)
     wait(PDL)
     at = row.to(tl.int64) * N
     a = add_slots(y, at, left + low, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     b = add_slots(y, at, left + high, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     if HAS_LORA:
-        a += load_delta(delta, tiles, row, module, at + left, low, is_c)
-        b += load_delta(delta, tiles, row, module, at + left, high, is_c)
+        a += load_delta(delta, count, at + left, low, is_c)
+        b += load_delta(delta, count, at + left, high, is_c)
     scale = _row_scale(ssq, row, stride_ssq, blocks, H, eps, BLOCKS)
     a *= scale
     b *= scale
@@ -155,13 +157,15 @@ def _gate_kernel(
     row = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_c = c < F
+    if HAS_LORA:
+        count_gate, count_up = tiles_of(tiles, row, GATE), tiles_of(tiles, row, UP)
     wait(PDL)
     at = row.to(tl.int64) * 2 * F
     gate = add_slots(y, at, c, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     up = add_slots(y, at, F + c, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     if HAS_LORA:
-        gate += load_delta(delta, tiles, row, GATE, at, c, is_c)
-        up += load_delta(delta, tiles, row, UP, at + F, c, is_c)
+        gate += load_delta(delta, count_gate, at, c, is_c)
+        up += load_delta(delta, count_up, at + F, c, is_c)
     scale = _row_scale(ssq, row, stride_ssq, blocks, H, eps, BLOCKS)
     gate *= scale
     up *= scale
@@ -182,12 +186,14 @@ def _residual_kernel(
     c = block * COLUMNS + tl.arange(0, COLUMNS)
     is_c = c < H
     w = tl.load(weight + c, mask=is_c, other=0.0).to(tl.float32)
+    if HAS_LORA:
+        count = tiles_of(tiles, row, module)
     wait(PDL)
     at = row.to(tl.int64) * H
     total = tl.load(x + at + c, mask=is_c, other=0.0)
     total += add_slots(y, at, c, is_c, slot_stride, blocks_k, units, BLOCK_N, SLOTS)
     if HAS_LORA:
-        total += load_delta(delta, tiles, row, module, at, c, is_c)
+        total += load_delta(delta, count, at, c, is_c)
     tl.store(x + at + c, total, mask=is_c)
     tl.store(xw + at + c, (total * w).to(xw.dtype.element_ty), mask=is_c)
     tl.store(ssq + row.to(tl.int64) * stride_ssq + block, tl.sum(total * total, axis=0))

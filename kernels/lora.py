@@ -272,9 +272,15 @@ def _expand_rows_kernel(
 
 
 @triton.jit
-def load_delta(delta, tiles, row, module, at, columns, is_column):
-    """What LoRA adds to these columns of a row, float32; 0 where its adapter leaves the module alone."""
-    count = tl.load(tiles + row * NUM_MODULES + module)
+def tiles_of(tiles, row, module):
+    """How many tiles of a module the row's adapter has, negative in a row of a prompt. May be asked before
+    `wait`: it is an input of the step."""
+    return tl.load(tiles + row * NUM_MODULES + module)
+
+
+@triton.jit
+def load_delta(delta, count, at, columns, is_column):
+    """What LoRA adds to these columns of a row, float32; 0 where its adapter has no tiles of the module."""
     is_changed = is_column & (count + tl.zeros_like(columns) != 0)  # a block, as masks want it
     return tl.load(delta + at + columns, mask=is_changed, other=0.0).to(tl.float32)
 
