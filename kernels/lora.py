@@ -175,10 +175,17 @@ def _shrink_rows_kernel(
 
 
 @triton.jit
+def tiles_of(tiles, index, module):
+    """How many tiles of a module the adapter of a row or segment has: none for a row without one, negative in
+    a row of a prompt. May be asked before `wait`: it is an input of the step."""
+    return tl.load(tiles + index * NUM_MODULES + module)
+
+
+@triton.jit
 def adapter_of(index, tables, tile_strides, tiles, module):
-    """(table, P, tiles of the module) of the adapter of a row or segment; no tiles for a row without one."""
+    """(table, P, tiles of the module) of the adapter of a row or segment."""
     table = tl.load(tables + index).to(tl.pointer_type(tl.int64))
-    return table, tl.load(tile_strides + index), tl.load(tiles + index * NUM_MODULES + module)
+    return table, tl.load(tile_strides + index), tiles_of(tiles, index, module)
 
 
 @triton.jit
@@ -269,13 +276,6 @@ def _expand_rows_kernel(
             delta + row.to(tl.int64) * stride_delta + left + columns, y.to(delta.dtype.element_ty),
             mask=is_column,
         )  # fmt: skip
-
-
-@triton.jit
-def tiles_of(tiles, row, module):
-    """How many tiles of a module the row's adapter has, negative in a row of a prompt. May be asked before
-    `wait`: it is an input of the step."""
-    return tl.load(tiles + row * NUM_MODULES + module)
 
 
 @triton.jit

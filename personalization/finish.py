@@ -23,7 +23,7 @@ from personalization.train import PEOPLE_AT_ONCE, Person, Recipe, plan, train
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Whom an accepted candidate was trained as, the rows of the turns that judged it, and the strength at
+    """Whom an accepted candidate was trained as, the rows of the turns held out, and the strength at
     which it passed."""
 
     person: Person

@@ -75,7 +75,7 @@ class TrainerSettings:
 class Task:
     """One person's refresh: rows to train on and to judge by. `rival`: the folder of the version to do better
     than; None, or what cannot be loaded: the bare base. `start`: the adapter to begin with. `newest`: rows of
-    the turns that judge it, learned once it was accepted."""
+    the turns held out to judge it, learned once it was accepted."""
 
     id: str
     train: Sequence[Example]
