@@ -90,7 +90,7 @@ def child(names: Sequence[str], options: argparse.Namespace, lines: Path) -> Non
 
         bench = Bench(
             options.device, tiny=options.tiny, budget_s=options.budget, step_tokens=options.step_tokens,
-            say=say, files=options.files, gather=options.gather,
+            say=say, files=options.files,
         )  # fmt: skip
         tell(
             {
@@ -197,7 +197,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="a torch device; cuda, or cpu with --tiny")
     parser.add_argument("--commit", help="the commit measured, where there is no git")
     parser.add_argument("--out", type=Path, help="write the JSON here too, after every row")
-    parser.add_argument("--gather", type=int, default=0, help="prompt tokens to wait for beside many replies")
     parser.add_argument("--files", type=Path, help="where files-cold finds or leaves its 15 GB of adapters")
     parser.add_argument("--only-write", action="store_true", help="write those files and end; needs no GPU")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -233,7 +232,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = [
             "--rows", ",".join(rows), "--child", str(lines), "--budget", str(options.budget),
             "--step-tokens", str(options.step_tokens), "--device", options.device,
-            "--gather", str(options.gather),
         ]  # fmt: skip
         flags += ["--files", str(options.files)] if options.files else []
         return [sys.executable, "-m", "benchmarks.bench_gpu", *flags, *["--tiny"] * options.tiny]
@@ -245,7 +243,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **machine(),
         **gpu(),
         "tiny": options.tiny,
-        "gather_prompt_tokens": options.gather,
     }
     records: list[Record] = []
     by_name = {row.name: row for row in ROWS}

@@ -195,9 +195,7 @@ class Bench:
         def shrink() -> None:
             for layer in range(self.config.num_layers):
                 for group in range(len(GROUPS)):
-                    lora.shrink_decode(
-                        inputs[group], sums[group], self.decoder._arena, rows, places, layer, group
-                    )
+                    lora.shrink(inputs[group], sums[group], self.decoder._arena, rows, places, layer, group)
 
         took, base, resolve, shrunk = self.clock.compare(
             lambda: self.decoder.layers(shape),

@@ -90,7 +90,7 @@ class Bench:
 
     def __init__(
         self, device: str, *, tiny: bool, budget_s: float = 300.0, step_tokens: int = 2048,
-        say: Callable[[str], None] = print, files: Path | None = None, gather: int = 0,
+        say: Callable[[str], None] = print, files: Path | None = None,
     ) -> None:  # fmt: skip
         self.device = torch.device(device)
         self.tiny = tiny
@@ -99,7 +99,6 @@ class Bench:
         self.step_tokens = step_tokens
         self.say = say
         self.files = files
-        self.gather = gather
         self.is_cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.is_cuda else torch.float32
         self._model: tuple[str, LoadedModel] | None = None
@@ -166,7 +165,6 @@ class Bench:
                 host_cache_bytes=host_bytes,
                 max_tokens_per_step=self.size(self.step_tokens, 128),
                 max_running=self.size(256, 16),
-                gather_prompt_tokens=self.gather,
                 max_waiting=1 << 20,
                 load_threads=self.size(8, 2),
                 device=str(self.device),

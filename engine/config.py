@@ -31,10 +31,9 @@ class EngineConfig:
     max_tokens_per_step: int = 512  # prefill chunks and decodes together
     max_running: int = 256  # replies in one step; never more than max_tokens_per_step
     max_adapter_bytes_per_step: int | None = None  # of distinct adapters in a step; None: no bound
-    # While at least half of `max_running` decode, new prompts wait until so many of their tokens are together
-    # (0: they never wait), at most so many steps: a product of many rows is the better use of a device.
-    gather_prompt_tokens: int = 0
-    gather_prompt_steps: int = 8
+    # The same while at least half of `max_running` decode: as many as a GPU multiplies at its best pace, over
+    # however many steps that spreads prompts. They get as many tokens as there are replies even so.
+    max_tokens_per_busy_step: int = 512
     max_waiting: int = 4096  # requests in the queue, beyond which submit refuses
     # Fairness: the user who has had the fewest tokens goes first; a second of waiting outweighs this many
     # tokens
@@ -55,14 +54,14 @@ class EngineConfig:
         for key in (
             "arena_bytes",
             "max_tokens_per_step",
+            "max_tokens_per_busy_step",
             "max_running",
             "max_waiting",
             "max_frame_bytes",
             "max_unsent_bytes",
         ):
             self._require(key, 1)
-        for key in ("host_cache_bytes", "gather_prompt_tokens", "gather_prompt_steps"):
-            self._require(key, 0)
+        self._require("host_cache_bytes", 0)
         for key in ("block_size", "threads", "load_threads", "max_adapter_bytes_per_step"):
             if getattr(self, key) is not None:
                 self._require(key, 1)

@@ -2,12 +2,13 @@
 
 A decode step runs few rows through all weights, so it costs what reading them costs, plus whatever lies
 between the kernels. Hence few kernels: every sum, norm, rotation and write to the pages rides on the kernel
-behind a product. LoRA runs beside the product, on a stream of its own: both only read x. Nothing here depends
-on values on the host but the padded sizes of the step (`StepShape`), so the launches of one shape can be
-recorded as a CUDA graph.
+behind a product. LoRA runs beside the product, on a stream of its own: both only read x. There, too, prompts
+attend while decode rows do. Nothing here depends on values on the host but the padded sizes of the step
+(`StepShape`), so the launches of one shape can be recorded as a CUDA graph.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from kernels.lora import ItemPlaces
 
 SKINNY_ROWS = 32  # up to so many rows our product beats the library's
 _MOST_RANK: int = lora.MAX_RANK.value
+_TIMED_LAYERS = 4  # the first only loads the library's kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +95,13 @@ class GpuDecoder:
         )
         self._v = buffer(v, kind=torch.float32)
         self._delta = buffer(tokens * max(out for out, _ in widths.values()))
-        # Before the product's programs, which leave room for few others.
+        # Before the programs of the main stream, which leave room for few others.
         self._beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._normed = buffer(limits.rows, config.hidden_size)
         self._logits = buffer(limits.rows, config.vocab_size)
         items = max(column.shape[0] for column in inputs.lora.items)
         self._places = ItemPlaces(
-            buffer(4, config.num_layers, items, kind=torch.int64),
+            buffer(4, config.num_layers, items, 2, kind=torch.int64),
             buffer(4, config.num_layers, items, kind=torch.float32),
         )
         self._attention_space = attention.workspace(limits.rows, config.num_heads, config.head_dim, device)
@@ -141,9 +143,7 @@ class GpuDecoder:
         mixed = self._mixed.view(self._mixed.shape[0], -1)
         product, adapters = self._product(shape, index, "o", mixed, layer.o.weight)
         module = MODULES.index("o_proj")
-        fused.residual(
-            product, self._x, layer.post_norm.weight, self._xw, self._ssq, module, rows, adapters
-        )
+        fused.residual(product, self._x, layer.post_norm.weight, self._xw, self._ssq, module, rows, adapters)
         product, adapters = self._product(shape, index, "gate_up", self._xw, layer.gate_up.weight)
         fused.gate(product, self._ssq, hidden, eps, self._gated, rows, adapters)
         product, adapters = self._product(shape, index, "down", self._gated, layer.down.weight)
@@ -158,11 +158,11 @@ class GpuDecoder:
         adapters = None
         if group in shape.lora_groups:
             adapters = Adapters(self._delta[: shape.tokens * out].view(shape.tokens, out), self._inputs.lora)
-            with self._lora_stream():
+            with self._aside():
                 self._lora(shape, layer, group, x, adapters.delta)
         product = self._base(shape, group, x, weight)
-        if adapters is not None and self._beside is not None:
-            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+        if adapters is not None:
+            self._await_aside()
         return product, adapters
 
     def _base(self, shape: StepShape, group: str, x: Tensor, weight: Tensor) -> Product:
@@ -178,24 +178,20 @@ class GpuDecoder:
 
     def _lora(self, shape: StepShape, layer: int, group: str, x: Tensor, delta: Tensor) -> None:
         """delta = x @ A.T @ B.T of every row whose adapter changes a module of the group."""
-        rows, count = self._inputs.lora, self.config.num_layers
+        rows, limits = self._inputs.lora, self._inputs.limits
         modules, splits = GROUP_MODULES[group], lora.num_splits(self._shapes[group][1])
         first = MODULES.index(modules[0])
         widths = tuple(module_shape(self.config, module)[0] for module in modules)
         tokens = self._x.shape[0]
         v = self._v[: splits * tokens * len(modules) * _MOST_RANK].view(splits, tokens, -1)
-        lora.shrink_decode(x, v, self._arena, rows, self._places, layer, GROUPS.index(group))
-        if shape.has_prompts:
-            lora.shrink_prompts(x, v, self._arena, rows, layer, count, first, len(modules))
-        decoding = shape.singles if shape.has_prompts else shape.tokens
-        if decoding:
-            lora.expand_decode(delta, v, self._arena, rows, decoding, layer, first, widths, splits)
-        if shape.has_prompts:
-            lora.expand_prompts(delta, v, self._arena, rows, layer, first, widths, splits)
+        lora.shrink(x, v, self._arena, rows, self._places, layer, GROUPS.index(group))
+        most = limits.segments(shape.tokens)
+        lora.expand(delta, v, self._arena, rows, most, layer, first, widths, splits)
 
     @contextmanager
-    def _lora_stream(self) -> Iterator[None]:
-        """What is launched inside runs behind what was launched before, and beside what is launched next."""
+    def _aside(self) -> Iterator[None]:
+        """What is launched inside runs behind what was launched before, and beside what is launched next, up
+        to `_await_aside`."""
         if self._beside is None:
             yield
             return
@@ -203,9 +199,22 @@ class GpuDecoder:
         with torch.cuda.stream(self._beside):
             yield
 
+    def _await_aside(self) -> None:
+        if self._beside is not None:
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+
     def _attend(self, shape: StepShape, layer: int) -> None:
+        """Prompts aside: they are few programs that take long, decode rows many that take all bandwidth."""
         column = self._inputs.column
         scale, window = self.config.head_dim**-0.5, self.config.window(layer)
+        if shape.has_prompts:
+            tiles = -(-shape.tokens // self._inputs.limits.query_rows) + self._inputs.limits.rows
+            with self._aside():
+                attention.prefill_attention(
+                    self._q[: shape.tokens], self._slabs, layer, column["block_list"], column["block_start"],
+                    column["context_lens"], column["query_start"], column["tile_sequence"][:tiles],
+                    column["tile_first"][:tiles], scale, window, out=self._mixed[: shape.tokens],
+                )  # fmt: skip
         if shape.singles:
             attention.decode_attention(
                 self._q[: shape.singles], self._slabs, layer, column["block_list"], column["block_start"],
@@ -214,12 +223,24 @@ class GpuDecoder:
                 workspace=self._attention_space, out=self._mixed[: shape.singles],
             )  # fmt: skip
         if shape.has_prompts:
-            tiles = -(-shape.tokens // self._inputs.limits.query_rows) + self._inputs.limits.rows
-            attention.prefill_attention(
-                self._q[: shape.tokens], self._slabs, layer, column["block_list"], column["block_start"],
-                column["context_lens"], column["query_start"], column["tile_sequence"][:tiles],
-                column["tile_first"][:tiles], scale, window, out=self._mixed[: shape.tokens],
-            )  # fmt: skip
+            self._await_aside()
+
+    def products_s(self, rows: int) -> float:
+        """Seconds of the library's products of a layer over so many rows: the least of a few layers."""
+        mixed = self._mixed.view(self._mixed.shape[0], -1)
+        inputs = dict(zip(GROUPS, (self._xw, mixed, self._xw, self._gated), strict=True))
+        least = math.inf
+        for layer in self._decoder.layers[:_TIMED_LAYERS]:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for group, x in inputs.items():
+                out, _ = self._shapes[group]
+                y = self._whole[: rows * out].view(rows, out)
+                torch.mm(x[:rows], getattr(layer, group).weight.t(), out=y)
+            end.record()
+            end.synchronize()
+            least = min(least, begin.elapsed_time(end) / 1e3)
+        return least
 
     def logits(self, count: int) -> Tensor:
         """[count, vocab], of the rows that `logits_rows` names."""
@@ -262,3 +283,16 @@ def token_buckets(most: int) -> list[int]:
     while buckets[-1] < most:
         buckets.append(buckets[-1] + (64 if buckets[-1] < 1024 else 128))
     return [tokens for tokens, before in zip(buckets, [0, *buckets], strict=False) if before < most]
+
+
+def worth_keeping(buckets: list[int], seconds: Callable[[int], float]) -> list[int]:
+    """The buckets without those that a larger one beats by a tenth or more: there are numbers of rows that a
+    library of products is slow with, others on every device."""
+    kept: list[int] = []
+    least = math.inf
+    for bucket in reversed(buckets):
+        took = seconds(bucket)
+        if least > 0.9 * took:
+            kept.append(bucket)
+        least = min(least, took)
+    return kept[::-1]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.config import ConfigError
-from engine.gpu_decoder import GpuDecoder, StepShape, row_buckets, token_buckets
+from engine.gpu_decoder import GpuDecoder, StepShape, row_buckets, token_buckets, worth_keeping
 from engine.model import GROUPS
 from engine.step_inputs import Limits, StepInputs
 from engine.weights import LoadedModel
@@ -107,6 +107,8 @@ class GpuRunner:
         self._inputs = StepInputs(limits, device, config.num_layers)
         with torch.inference_mode():
             self._decoder = GpuDecoder(model.decoder, arena, self._slabs, self._inputs)
+            if self._is_cuda:
+                self._token_buckets = worth_keeping(self._token_buckets, self._decoder.products_s)
         self._graphs: dict[StepShape, Graph | None] = {}  # None: launched kernel by kernel, as on a CPU
         self._groups: dict[tuple[str, ...], None] = dict.fromkeys([(), GROUPS])  # of all adapters seen
         self._to_prepare: deque[StepShape] | None = None  # None: to be listed, as `_groups` has changed

@@ -83,7 +83,6 @@ class Scheduler:
         self._clock = clock
         self._waiting: dict[str, list[Sequence]] = {}  # by user, each list in the order to be admitted
         self._num_waiting = self._waiting_tokens = 0
-        self._gathering_steps = 0  # that new prompts have waited for others
         # (rank, number, user) of the first of every queue; some of what is no longer first, or has a higher
         # rank by now
         self._heads: list[tuple[float, int, str]] = []
@@ -173,7 +172,7 @@ class Scheduler:
             for sequence in self.running
             if len(sequence.tokens) < sequence.most_tokens and not self._is_arriving(sequence)
         ]
-        budget = self._config.max_tokens_per_step - sum(pending == 1 for _, pending in moving)
+        budget = self._prompt_tokens(sum(pending == 1 for _, pending in moving))
         block_size = self._blocks.block_size
         for sequence, pending in moving:
             if not sequence.blocks:
@@ -188,8 +187,7 @@ class Scheduler:
             else:
                 budget -= length if pending > 1 else 0
                 chunks.append(Chunk(sequence, start, length, length == pending))
-        decoding = sum(pending == 1 for _, pending in moving)
-        refused = self._admit(chunks, 0 if self._gathers(decoding) else budget)
+        refused = self._admit(chunks, budget)
         if not chunks:  # nobody is held up by waiting for a copy
             late = next((s for s in self.running if s.is_arriving), None)
             if late is not None:
@@ -197,18 +195,12 @@ class Scheduler:
                 chunks.append(self._chunk(late, min(late.num_pending, self._config.max_tokens_per_step)))
         return Plan(tuple(chunks), tuple(refused))
 
-    def _gathers(self, decoding: int) -> bool:
-        """New prompts wait for others to be computed with, beside so many replies."""
-        wanted = self._config.gather_prompt_tokens
-        free = min(self._max_running - len(self.running), self._num_waiting)
-        gathers = (
-            0 < free * self._waiting_tokens < wanted * self._num_waiting
-            and decoding >= self._max_running / 2
-            and self._gathering_steps < self._config.gather_prompt_steps
-        )
-        if free:
-            self._gathering_steps = self._gathering_steps + 1 if gathers else 0
-        return gathers
+    def _prompt_tokens(self, decoding: int) -> int:
+        """Tokens of prompts for a step in which so many replies decode."""
+        most = self._config.max_tokens_per_step
+        if decoding >= self._max_running / 2:
+            most = min(most, max(self._config.max_tokens_per_busy_step, 2 * decoding))
+        return most - decoding
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
         """Admit waiting requests in fair order while the budget and the pages last; append their chunks.

@@ -18,13 +18,13 @@ from engine.batch import Batch
 from engine.model import GROUP_MODULES, GROUPS, MODULES
 from engine.packing import AdapterLayout, ResidentAdapter
 from kernels.attention import query_tiles
-from kernels.lora import PROMPT_ROWS, ROWS_PER_SEGMENT, LoraRows
+from kernels.lora import SEGMENT_ROWS, LoraRows
 
 Ints = npt.NDArray[np.int32]
 
 _ALIGN = 64  # bytes; kernels are compiled for aligned columns
 _DTYPES = {"i4": torch.int32, "i8": torch.int64, "f4": torch.float32}
-_MOST_TILES = 32  # of one module: rank 256
+_MOST_PAIRS = 16  # of tiles of one module: rank 256
 _NOTHING = ("token_source", "slots", "tile_sequence", "tile_first")  # where -1 says so, elsewhere 0
 
 
@@ -41,9 +41,9 @@ class Limits:
     def query_tiles(self) -> int:
         return -(-self.tokens // self.query_rows) + self.rows
 
-    @property
-    def lora_tiles(self) -> int:
-        return -(-self.tokens // PROMPT_ROWS) + self.rows
+    def segments(self, tokens: int) -> int:
+        """Runs of rows with one adapter in a step of so many tokens."""
+        return min(tokens, tokens // SEGMENT_ROWS + self.rows)
 
 
 class StepInputs:
@@ -55,28 +55,27 @@ class StepInputs:
         self._tables = _Tables(device, num_layers)
         self._blocks = _Blocks()
         rows, tokens = limits.rows, limits.tokens
-        items = rows * 3 * _MOST_TILES
+        segments = limits.segments(tokens)
+        items = segments * 3 * _MOST_PAIRS
         columns = {
-            "tables": ("i8", rows),
+            "tables": ("i8", segments),
             "seed": ("i8", rows),
-            "row_tables": ("i8", rows),
             "token_ids": ("i4", tokens),
             "token_source": ("i4", tokens),
             "positions": ("i4", tokens),
             "slots": ("i4", tokens),
-            "row_strides": ("i4", rows),
-            "tile_strides": ("i4", rows),
-            "tiles": ("i4", rows * 7),
-            "first_row": ("i4", rows),
-            "row_count": ("i4", rows),
+            "tile_strides": ("i4", segments),
+            "tiles": ("i4", segments * 7),
+            "first_row": ("i4", segments),
+            "row_count": ("i4", segments),
+            "num_segments": ("i4", 4),
             "num_items": ("i4", 16),
-            "prompt_first_row": ("i4", limits.lora_tiles),
-            "prompt_row_count": ("i4", limits.lora_tiles),
-            "prompt_segment": ("i4", limits.lora_tiles),
-            "num_prompt_tiles": ("i4", 4),
             "block_start": ("i4", rows),
             "context_lens": ("i4", rows),
-            "single_lens": ("i4", rows),  # context_lens of decode rows, 0 for all others
+            "single_lens": (
+                "i4",
+                rows,
+            ),  # context_lens of decode rows; 0 for padding, -1 if it may be prompts
             "query_start": ("i4", rows + 1),
             "tile_sequence": ("i4", limits.query_tiles),
             "tile_first": ("i4", limits.query_tiles),
@@ -120,18 +119,13 @@ class StepInputs:
         self.lora = LoraRows(
             tables=column["tables"],
             tile_strides=column["tile_strides"],
-            tiles=column["tiles"].view(rows, 7),
+            tiles=column["tiles"].view(segments, 7),
             first_row=column["first_row"],
             row_count=column["row_count"],
-            row_tables=column["row_tables"],
-            row_strides=column["row_strides"],
-            row_tiles=column["row_tiles"].view(tokens, 7),
+            num_segments=column["num_segments"],
             items=tuple(column[f"items_{group}"] for group in GROUPS),
             num_items=column["num_items"].view(4, 4),
-            prompt_first_row=column["prompt_first_row"],
-            prompt_row_count=column["prompt_row_count"],
-            prompt_segment=column["prompt_segment"],
-            num_prompt_tiles=column["num_prompt_tiles"],
+            row_tiles=column["row_tiles"].view(tokens, 7),
         )
 
     def lora_groups(self, batch: Batch) -> tuple[str, ...]:
@@ -175,58 +169,35 @@ class StepInputs:
     def _fill_lora(
         self, host: dict[str, npt.NDArray[np.generic]], batch: Batch, padded_tokens: int
     ) -> dict[str, int]:
-        """Segments of rows with one adapter, and for each group the tiles that decode rows need."""
+        """Segments of rows with one adapter, and for each group the pairs of tiles that they need."""
         row_tiles = host["row_tiles"].reshape(-1, 7)
         row_tiles[:padded_tokens] = 0
+        host["num_segments"][0] = 0
         host["num_items"][:] = 0
-        host["num_prompt_tiles"][0] = 0
         if not batch.adapters:
             return {}
         facts = self._tables.of_all(batch.adapters)
-        addresses = np.array([f.address for f in facts])
-        strides = np.array([f.stride for f in facts], dtype=np.int32)
         tiles = np.array([f.tiles for f in facts])
-        single = batch.num_single
-        adapters = np.array(batch.adapter_of_seq)
-        starts = _segments(adapters[:single])
-        host["row_tables"][:single] = addresses[adapters[:single]]  # without one: any, it has no tiles
-        host["row_strides"][:single] = strides[adapters[:single]]
-        row_tiles[:single] = np.where(adapters[:single, None] >= 0, tiles[adapters[:single]], 0)
-        counts = np.diff(starts, append=single)
-        is_used = adapters[starts] >= 0
-        segments, starts, counts = adapters[starts][is_used], starts[is_used], counts[is_used]
-        used = self._fill_items(host, facts, segments) | {"row_tiles": 7 * padded_tokens}
-
-        prompts = [s for s in range(single, len(batch.blocks)) if batch.adapter_of_seq[s] >= 0]
-        prompt_tiles: list[tuple[int, int, int]] = []
-        for segment, sequence in enumerate(prompts, len(segments)):
-            begin, end = batch.query_start[sequence], batch.query_start[sequence + 1]
-            for first in range(begin, end, PROMPT_ROWS):
-                prompt_tiles.append((first, min(PROMPT_ROWS, end - first), segment))
-            row_tiles[begin:end] = -tiles[adapters[sequence]]
-        if prompts:
-            query_start = np.array(batch.query_start)
-            segments = np.append(segments, adapters[prompts])
-            starts = np.append(starts, query_start[prompts])
-            counts = np.append(counts, np.diff(query_start)[prompts])
-        count = len(segments)
-        host["tables"][:count] = addresses[segments]
-        host["tile_strides"][:count] = strides[segments]
-        host["tiles"][: 7 * count] = tiles[segments].reshape(-1)
+        of_rows = np.repeat(np.array(batch.adapter_of_seq), np.diff(batch.query_start))
+        row_tiles[: len(of_rows)] = np.where(of_rows[:, None] >= 0, tiles[of_rows], 0)
+        starts = _segments(of_rows)
+        counts = np.diff(starts, append=len(of_rows))
+        is_used = of_rows[starts] >= 0
+        starts, counts, adapters = starts[is_used], counts[is_used], of_rows[starts][is_used]
+        count = len(adapters)
+        host["tables"][:count] = np.array([f.address for f in facts])[adapters]
+        host["tile_strides"][:count] = np.array([f.stride for f in facts], dtype=np.int32)[adapters]
+        host["tiles"][: 7 * count] = tiles[adapters].reshape(-1)
         host["first_row"][:count] = starts
         host["row_count"][:count] = counts
-        if prompt_tiles:
-            columns = np.array(prompt_tiles, dtype=np.int32)
-            for place, name in enumerate(("prompt_first_row", "prompt_row_count", "prompt_segment")):
-                host[name][: len(columns)] = columns[:, place]
-            host["num_prompt_tiles"][0] = len(columns)
-        return used
+        host["num_segments"][0] = count
+        return self._fill_items(host, facts, adapters) | {"row_tiles": 7 * padded_tokens}
 
     @staticmethod
     def _fill_items(
         host: dict[str, npt.NDArray[np.generic]], facts: Many["_Facts"], segments: npt.NDArray[np.int64]
     ) -> dict[str, int]:
-        """For each group, the tiles that the segments of decode rows need, those of one shape together."""
+        """For each group, the pairs of tiles of segments with these adapters, those of a shape together."""
         shapes: dict[int, _Shape] = {id(f.shape): f.shape for f in facts}
         shape_of = np.array([id(f.shape) for f in facts])[segments]
         members = [(shape, np.flatnonzero(shape_of == key) << 16) for key, shape in shapes.items()]
@@ -244,11 +215,11 @@ class StepInputs:
 
 
 def _segments(adapters: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where a run of at most ROWS_PER_SEGMENT rows of one adapter begins."""
+    """Where a run of at most SEGMENT_ROWS rows of one adapter begins."""
     rows = np.arange(len(adapters))
     is_first = np.diff(adapters, prepend=-2) != 0
     since_first = rows - np.maximum.accumulate(np.where(is_first, rows, 0))
-    return np.flatnonzero(since_first % ROWS_PER_SEGMENT == 0)
+    return np.flatnonzero(since_first % SEGMENT_ROWS == 0)
 
 
 class _Blocks:
@@ -293,7 +264,7 @@ def _fill(
     host["block_list"][:used] = np.concatenate(blocks)
     single = batch.num_single
     host["single_lens"][:single] = batch.context_lens[:single]
-    host["single_lens"][single:padded_singles] = 0
+    host["single_lens"][single:padded_singles] = -1 if single < sequences else 0
     query_start = np.array(batch.query_start, dtype=np.int32)
     host["query_start"][: sequences + 1] = query_start
     if single < sequences:
@@ -368,7 +339,7 @@ class _Shape:
     slab_elems: int
     stride: int
     tiles: Ints  # [7]
-    codes: dict[str, Ints]  # by group: module of the group << 8 | tile, for all tiles
+    codes: dict[str, Ints]  # by group: module of the group << 8 | pair, for all pairs of tiles
     groups: tuple[str, ...]  # that have tiles
 
     @classmethod
@@ -386,7 +357,7 @@ class _Shape:
         codes = {
             group: np.concatenate(
                 [
-                    (place << 8) + np.arange(tiles[MODULES.index(module)], dtype=np.int32)
+                    (place << 8) + np.arange(-(-tiles[MODULES.index(module)] // 2), dtype=np.int32)
                     for place, module in enumerate(GROUP_MODULES[group])
                 ]
             )

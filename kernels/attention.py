@@ -198,7 +198,7 @@ def _decode_kernel(
                 part = (sequence * splits + split).to(tl.int64) * num_heads
                 tl.store(sums + part * D + columns, acc, mask=is_kept)
                 tl.store(norms + part + heads, peak + tl.log2(norm), mask=g < GROUP)
-    elif split == 0:
+    elif length == 0 and split == 0:
         at_out = out + sequence.to(tl.int64) * stride_out + columns
         tl.store(at_out, tl.zeros([HEADS, WIDTH], out.dtype.element_ty), mask=is_kept)
 
@@ -237,9 +237,10 @@ def decode_attention(
 
     q and out [S, Hq, D]. slabs [num_slabs, L, 2, block_size, Hkv, D]; the blocks of sequence s are
     block_list[block_start[s] ..], and its context_lens[s] positions are written. At length 0 out[s] = 0, and
-    nothing is read. All three int32. Contexts are cut into up to `splits` parts, each of at least two tiles,
-    whose results are added up in order; `workspace` comes from the function of that name. Split K/V and a
-    second pass are "Flash-Decoding" (Dao et al., 2023). Raises ValueError for shapes that do not fit.
+    nothing is read; at a negative one out[s] is left alone. All three int32. Contexts are cut into up to
+    `splits` parts, each of at least two tiles, whose results are added up in order; `workspace` comes from
+    the function of that name. Split K/V and a second pass are "Flash-Decoding" (Dao et al., 2023).
+    Raises ValueError for shapes that do not fit.
     """
     num_rows, num_heads, dim = q.shape
     block_size, num_kv_heads = slabs.shape[3], slabs.shape[4]

@@ -16,9 +16,9 @@ from kernels.linear import LinearPlan, add_slots
 from kernels.lora import LoraRows, load_delta, tiles_of
 from kernels.programs import allow_next, can_overlap, launch_options, wait
 
-COLUMNS = 512  # of a row, per program
+COLUMNS = 512  # of a row, whose sum of squares is kept apart
+MANY_PROGRAMS = 1024  # a device starts not even one in a nanosecond, so beyond these each takes more columns
 GATE, UP = tl.constexpr(4), tl.constexpr(5)  # as modules
-THREADS = 128  # of a program
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +177,13 @@ def _gate_kernel(
 def _residual_kernel(
     y, slot_stride, blocks_k, units, H, x, weight, xw, ssq, stride_ssq, module,
     delta, tiles,
-    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
     HAS_LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     allow_next(PDL)
     row = tl.program_id(0)
-    block = tl.program_id(1)
-    c = block * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * BLOCKS
+    c = first * COLUMNS + tl.arange(0, BLOCKS * COLUMNS)
     is_c = c < H
     w = tl.load(weight + c, mask=is_c, other=0.0).to(tl.float32)
     if HAS_LORA:
@@ -196,7 +196,9 @@ def _residual_kernel(
         total += load_delta(delta, count, at, c, is_c)
     tl.store(x + at + c, total, mask=is_c)
     tl.store(xw + at + c, (total * w).to(xw.dtype.element_ty), mask=is_c)
-    tl.store(ssq + row.to(tl.int64) * stride_ssq + block, tl.sum(total * total, axis=0))
+    squares = tl.sum(tl.reshape(total * total, (BLOCKS, COLUMNS)), axis=1)
+    b = first + tl.arange(0, BLOCKS)
+    tl.store(ssq + row.to(tl.int64) * stride_ssq + b, squares, mask=b * COLUMNS < H)
 
 
 @triton.jit
@@ -226,6 +228,14 @@ def _gather_kernel(
 def num_blocks(size: int) -> int:
     """Blocks of columns whose sums of squares are kept apart: the second side of ssq."""
     return -(-size // COLUMNS)
+
+
+def _columns(rows: int, width: int, most: int) -> int:
+    """Columns of a row of this width that each program takes: COLUMNS, 2 or 4 times as many."""
+    columns = COLUMNS
+    while columns < most * COLUMNS and rows * -(-width // columns) > MANY_PROGRAMS:
+        columns *= 2
+    return columns
 
 
 def embed(
@@ -262,7 +272,8 @@ def rotary_write(
     num_q, half = q.shape[1], dim // 2
     pdl = can_overlap(q.device)
     width = triton.next_power_of_2(half)
-    heads = max(1, min(COLUMNS // (2 * width), triton.next_power_of_2(max(num_q, num_kv))))
+    columns = _columns(rows, (num_q + 2 * num_kv) * dim, most=2)
+    heads = max(1, min(columns // (2 * width), triton.next_power_of_2(max(num_q, num_kv))))
     blocks = -(-num_q // heads) + 2 * -(-num_kv // heads)
     _rotary_kernel[(rows, blocks)](
         product.y, *_slots_of(product), product.y.shape[-1], bias if bias is not None else ssq,
@@ -273,7 +284,8 @@ def rotary_write(
         *_lora_of(adapters, ssq),
         HEADS=heads, HALF_WIDTH=width, **_slot_constants(product),
         BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
-        HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, HAS_LORA=adapters is not None, **_launch(pdl),
+        HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, HAS_LORA=adapters is not None,
+        **_launch(pdl, warps=4),
     )  # fmt: skip
 
 
@@ -288,11 +300,12 @@ def gate(
 ) -> None:
     """out[t] = silu(g) * u with g | u = product / rms (+ LoRA). out [T, F]."""
     width, pdl = out.shape[1], can_overlap(out.device)
-    _gate_kernel[(rows, -(-width // COLUMNS))](
+    columns = _columns(rows, width, most=4)
+    _gate_kernel[(rows, -(-width // columns))](
         product.y, *_slots_of(product), width, ssq, ssq.stride(0), num_blocks(hidden), hidden, eps, out,
         *_lora_of(adapters, ssq),
-        COLUMNS=COLUMNS, **_slot_constants(product), BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
-        HAS_LORA=adapters is not None, **_launch(pdl),
+        COLUMNS=columns, **_slot_constants(product), BLOCKS=triton.next_power_of_2(num_blocks(hidden)),
+        HAS_LORA=adapters is not None, **_launch(pdl, warps=4 if columns == COLUMNS else 8),
     )  # fmt: skip
 
 
@@ -304,10 +317,12 @@ def residual(
     block.
     """
     hidden, pdl = x.shape[1], can_overlap(x.device)
-    _residual_kernel[(rows, num_blocks(hidden))](
+    columns = _columns(rows, hidden, most=2)
+    _residual_kernel[(rows, -(-hidden // columns))](
         product.y, *_slots_of(product), hidden, x, weight, xw, ssq, ssq.stride(0), module,
         *_lora_of(adapters, ssq),
-        COLUMNS=COLUMNS, **_slot_constants(product), HAS_LORA=adapters is not None, **_launch(pdl),
+        COLUMNS=COLUMNS, BLOCKS=columns // COLUMNS, **_slot_constants(product),
+        HAS_LORA=adapters is not None, **_launch(pdl, warps=4 if columns == COLUMNS else 8),
     )  # fmt: skip
 
 
@@ -336,5 +351,5 @@ def _lora_of(adapters: Adapters | None, filler: Tensor) -> tuple[Tensor, Tensor]
     return (filler, filler) if adapters is None else (adapters.delta, adapters.rows.row_tiles)
 
 
-def _launch(pdl: bool) -> dict[str, int | bool]:
-    return {"PDL": pdl, "num_warps": THREADS // 32, **launch_options(pdl)}
+def _launch(pdl: bool, warps: int) -> dict[str, int | bool]:
+    return {"PDL": pdl, "num_warps": warps, **launch_options(pdl)}

@@ -3,7 +3,7 @@
 On the CPU in Triton's interpreter; on a GPU, marked so, the compiled kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -130,6 +130,10 @@ def test_decode_is_attention_over_each_sequences_own_positions(
         got = decode(case, window, splits)
         assert_close(got, case.expected(window))
         assert (got[[1, 3]] == 0).all()
+        beside_prompts = decode(replace(case, lengths=[1, -1, 4, -1, 129, 150]), window, splits)
+        assert beside_prompts[[1, 3]].isnan().all()
+        got[[1, 3]] = NAN
+        assert torch.equal(beside_prompts.nan_to_num(7.0), got.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -12,7 +12,7 @@ import torch
 
 from engine.batch import build_batch
 from engine.config import ConfigError
-from engine.gpu_decoder import StepShape
+from engine.gpu_decoder import StepShape, token_buckets, worth_keeping
 from engine.gpu_runner import GpuRunner
 from engine.model import GROUPS
 from engine.weights import load_model
@@ -252,3 +252,26 @@ def test_likely_shapes_are_listed_once_and_again_when_another_kind_of_adapter_wa
     assert new[0] in runner._graphs
     assert not runner.prepare()
     assert len(lists) == 2
+
+
+def test_numbers_of_tokens_that_products_are_slow_with_are_padded_to_faster_ones() -> None:
+    buckets = token_buckets(1100)
+    assert buckets[-1] == 1152
+
+    def seconds(tokens: int) -> float:
+        return {128: 140.0, 448: 600.0}.get(tokens, float(tokens))  # 192 and 512 are the next
+
+    assert worth_keeping(buckets, seconds) == [tokens for tokens in buckets if tokens != 448]
+    assert worth_keeping(buckets, lambda tokens: 1.0) == buckets
+    assert worth_keeping(buckets, lambda tokens: 1 / tokens) == [1152]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+def test_products_are_timed_on_the_device(world: World) -> None:
+    runner = Driver(world.loaded, on_gpu=True, num_slabs=900).runner
+    assert isinstance(runner, GpuRunner)
+    with torch.inference_mode():
+        few, many = (runner._decoder.products_s(runner._token_buckets[at]) for at in (0, -1))
+    assert 0 < few < 1
+    assert 0 < many < 1

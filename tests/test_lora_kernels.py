@@ -78,9 +78,10 @@ SOME = POPULARITIES if HAS_GPU else ("distinct", "identical")  # the interpreter
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "CHUNK", 16)
-    monkeypatch.setattr(fused, "COLUMNS", 32)
     monkeypatch.setattr(lora, "COLUMNS", 32)
     monkeypatch.setattr(lora, "THREADS", 32)
+    monkeypatch.setattr(fused, "COLUMNS", 32)
+    monkeypatch.setattr(fused, "MANY_PROGRAMS", 12)  # some of the cases have more
 
 
 class World:
@@ -110,7 +111,7 @@ class World:
         self.rows = self.inputs.lora
         items = self.rows.items[0].shape[0]
         self.places = ItemPlaces(
-            torch.full((4, LAYERS, items), 1 << 40, dtype=torch.int64, device=DEVICE),
+            torch.full((4, LAYERS, items, 2), 1 << 40, dtype=torch.int64, device=DEVICE),
             torch.full((4, LAYERS, items), NAN, device=DEVICE),
         )
         lora.resolve(self.rows, self.places, LAYERS)
@@ -122,22 +123,17 @@ class World:
         """v of the step's rows, NaN where nothing has been written."""
         modules, splits = GROUP_MODULES[group], lora.num_splits(x.shape[1])
         v = torch.full((splits, self.tokens + 2, len(modules) * 256), NAN, device=DEVICE)
-        flat, first = self.arena.view(-1), MODULES.index(modules[0])
-        lora.shrink_decode(x, v, flat, self.rows, self.places, layer, GROUPS.index(group))
-        lora.shrink_prompts(x, v, flat, self.rows, layer, LAYERS, first, len(modules))
+        lora.shrink(x, v, self.arena.view(-1), self.rows, self.places, layer, GROUPS.index(group))
         return v
 
     def adapters(self, group: str, layer: int, x: Tensor) -> Adapters:
-        """What LoRA adds to the step's rows, NaN where nothing has been written. Rows of prompts name an
-        adapter's table that is no longer there."""
-        self.rows.row_tables[self.batch.num_single :] = 1
+        """What LoRA adds to the step's rows, NaN where nothing has been written."""
         v, modules = self.shrink(group, layer, x), GROUP_MODULES[group]
         widths = tuple(module_shape(CONFIG, module)[0] for module in modules)
         delta = torch.full((self.tokens, sum(widths)), NAN, dtype=self.dtype, device=DEVICE)
-        of = (delta, v, self.arena.view(-1), self.rows)
-        where = (layer, MODULES.index(modules[0]), widths, v.shape[0])
-        lora.expand_decode(*of, self.tokens, *where)  # more rows than decode, as steps are padded
-        lora.expand_prompts(*of, *where)
+        most = self.inputs.limits.segments(self.tokens)
+        first = MODULES.index(modules[0])
+        lora.expand(delta, v, self.arena.view(-1), self.rows, most, layer, first, widths, v.shape[0])
         return Adapters(delta, self.rows)
 
     def expected(self, group: str, layer: int, x: Tensor, y: Tensor) -> Tensor:
@@ -335,14 +331,13 @@ def test_rotary_takes_products_and_lora_and_writes_k_and_v(
 
 
 @BOTH
-@pytest.mark.parametrize("in_pairs", [True, False])
 @pytest.mark.parametrize("group", ["qkv", "gate_up", "o"])
 def test_every_row_gets_what_its_own_adapter_adds_and_no_other_row_anything(
-    group: str, in_pairs: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    group: str, dtype: torch.dtype
 ) -> None:
-    """Prompts beside decode rows; tiles of B one by one and in pairs, of even and odd numbers of them."""
-    monkeypatch.setattr(lora, "FEW_PROGRAMS", 1 << 20 if in_pairs else 0)
-    world, layer = World(dtype, [1, 0, 3, None, 2, 4, None], [1, 1, 67, 4, 3, 2, 1]), 1
+    """Prompts beside decode rows, one of them with the adapter of the prompt behind it; a prompt of several
+    segments; even and odd numbers of tiles."""
+    world, layer = World(dtype, [1, 0, None, 3, 3, None, 2, 4], [1, 1, 1, 1, 67, 4, 3, 2]), 1
     out, side = group_shape(CONFIG, group)
     x = world.randn(world.tokens, side)
     expected = world.expected(group, layer, x, torch.zeros(world.tokens, out, device=DEVICE))

@@ -161,10 +161,9 @@ class World:
         tokens = sum(chunk.length for chunk in plan.chunks)
         limits = (
             len(ready) == len(waiting)
-            and tokens < self.config.max_tokens_per_step
+            and tokens < min(self.config.max_tokens_per_step, self.config.max_tokens_per_busy_step)
             and len(scheduler.running) < min(self.config.max_running, self.config.max_tokens_per_step)
             and self.config.max_adapter_bytes_per_step is None
-            and not self.config.gather_prompt_tokens
             and self.pool.available >= needed + 2 * len(scheduler.running)
             and not self.adapter_slabs
         )
@@ -223,41 +222,23 @@ def test_a_request_that_came_while_a_prompt_took_the_whole_budget_is_admitted_be
     assert world.lengths() == {"long": 1, "late": 1}
 
 
-def test_beside_many_replies_prompts_wait_for_each_other_but_not_long() -> None:
-    gather = {"gather_prompt_tokens": 10, "gather_prompt_steps": 3}
-    world = World(max_running=8, max_tokens_per_step=64, prefix_cache=False, **gather)
-    for name in "abcd":
-        world.add(name, 2, 40)
-    assert world.lengths() == dict.fromkeys("abcd", 2)  # nobody decodes yet
-    replies = dict.fromkeys("abcd", 1)
-    world.add("e", 6)
-    for _ in range(3):
-        assert world.lengths() == replies
-    assert world.lengths() == replies | {"e": 6}  # it has waited long enough
-    world.add("f", 6)
-    assert world.lengths() == replies | {"e": 1}
-    world.add("g", 4)
-    assert world.lengths() == replies | {"e": 1, "f": 6, "g": 4}  # ten together
-    world.drop(world.live[0])  # fewer than half of the places decode when the others have ended
-    for _ in range(4):
-        world.step()
-    assert [sequence.id for sequence in world.live] == ["b", "c", "d"]
-    world.add("h", 1)
-    assert world.lengths()["h"] == 1
-
-
-def test_prompts_that_find_no_place_together_do_not_wait_for_each_other_for_ever() -> None:
-    gather = {"gather_prompt_tokens": 10, "gather_prompt_steps": 2}
-    world = World(max_running=4, max_tokens_per_step=64, prefix_cache=False, **gather)
+def test_beside_many_replies_prompts_are_spread_over_more_steps() -> None:
+    world = World(max_running=8, max_tokens_per_step=64, max_tokens_per_busy_step=10, prefix_cache=False)
     for name in "abc":
+        world.add(name, 20, 40)
+    assert world.lengths() == {"a": 20, "b": 20, "c": 20}
+    world.add("d", 30, 40)
+    assert world.lengths() == {"a": 1, "b": 1, "c": 1, "d": 30}  # fewer than half of the places decode
+    world.add("e", 9, 40)
+    replies = dict.fromkeys("abcd", 1)
+    assert world.lengths() == replies | {"e": 6}
+    assert world.lengths() == replies | {"e": 3}
+    for name in "fg":
         world.add(name, 2, 40)
-    world.step()
-    for name in "defgh":  # one place is left, for which they queue
-        world.add(name, 6, 1)
-    for name in "defgh":
-        for _ in range(2):
-            assert set(world.lengths()) == set("abc")
-        assert world.lengths()[name] == 6
+    assert world.lengths() == replies | {"e": 1, "f": 2, "g": 2}  # 5 + 4 of 10
+    world.add("h", 20, 2)
+    assert world.lengths() == dict.fromkeys("abcdefg", 1) | {"h": 7}  # never fewer than replies
+    world.finish()
 
 
 def test_only_the_end_of_the_known_tokens_is_sampled_from() -> None:
@@ -659,8 +640,7 @@ def test_any_traffic_ends_with_every_request_answered_in_full(data: st.DataObjec
         max_running=4,
         prefix_cache=data.draw(st.booleans()),
         ageing_tokens_per_s=5.0,
-        gather_prompt_tokens=data.draw(st.sampled_from([0, 0, 12])),
-        gather_prompt_steps=data.draw(st.integers(0, 3)),
+        max_tokens_per_busy_step=data.draw(st.integers(1, 20)),
     )
     kept: list[Sequence] = []
     for index in range(data.draw(st.integers(1, 14))):
