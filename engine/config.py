@@ -31,8 +31,8 @@ class EngineConfig:
     max_tokens_per_step: int = 512  # prefill chunks and decodes together
     max_running: int = 256  # replies in one step; never more than max_tokens_per_step
     max_adapter_bytes_per_step: int | None = None  # of distinct adapters in a step; None: no bound
-    # The same while at least half of `max_running` decode: as many as a GPU multiplies at its best pace, over
-    # however many steps that spreads prompts. They get as many tokens as there are replies even so.
+    # The same while at least half of `max_running` decode: as many as a GPU multiplies at its best pace.
+    # Prompts get as many as there are replies even so, and more if it would take them more than a few steps.
     max_tokens_per_busy_step: int = 512
     max_waiting: int = 4096  # requests in the queue, beyond which submit refuses
     # Fairness: the user who has had the fewest tokens goes first; a second of waiting outweighs this many

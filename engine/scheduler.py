@@ -32,6 +32,7 @@ from engine.request import AdapterRef, Chunk, Sequence
 
 OUTPUT_TOKEN_COST = 2  # an input token costs 1; a decode step moves all weights for one token
 MOST_ABSENT = 1024  # counters of absent users kept before those without debt are dropped
+BUSY_STEPS = 3  # over so many prompts may be spread, so that no place stays empty for long
 LOOKAHEAD = 256  # requests looked at, for their adapters, behind those admitted
 
 
@@ -172,7 +173,7 @@ class Scheduler:
             for sequence in self.running
             if len(sequence.tokens) < sequence.most_tokens and not self._is_arriving(sequence)
         ]
-        budget = self._prompt_tokens(sum(pending == 1 for _, pending in moving))
+        budget = self._prompt_tokens([pending for _, pending in moving])
         block_size = self._blocks.block_size
         for sequence, pending in moving:
             if not sequence.blocks:
@@ -195,12 +196,14 @@ class Scheduler:
                 chunks.append(self._chunk(late, min(late.num_pending, self._config.max_tokens_per_step)))
         return Plan(tuple(chunks), tuple(refused))
 
-    def _prompt_tokens(self, decoding: int) -> int:
-        """Tokens of prompts for a step in which so many replies decode."""
-        most = self._config.max_tokens_per_step
-        if decoding >= self._max_running / 2:
-            most = min(most, max(self._config.max_tokens_per_busy_step, 2 * decoding))
-        return most - decoding
+    def _prompt_tokens(self, pending: list[int]) -> int:
+        """Tokens of prompts for this step, beside those who run and have so many tokens pending each."""
+        config, decoding = self._config, pending.count(1)
+        most = config.max_tokens_per_step - decoding
+        few = min(most, max(config.max_tokens_per_busy_step - decoding, decoding))
+        free = min(self._max_running - len(self.running), self._num_waiting)
+        wanted = sum(pending) - decoding + free * self._waiting_tokens // max(1, self._num_waiting)
+        return few if decoding >= self._max_running / 2 and wanted <= BUSY_STEPS * few else most
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Refusal]]:
         """Admit waiting requests in fair order while the budget and the pages last; append their chunks.
