@@ -32,7 +32,7 @@ from engine.request import AdapterRef, Chunk, Sequence
 
 OUTPUT_TOKEN_COST = 2  # an input token costs 1; a decode step moves all weights for one token
 MOST_ABSENT = 1024  # counters of absent users kept before those without debt are dropped
-BUSY_STEPS = 3  # over so many prompts may be spread, so that no place stays empty for long
+BUSY_STEPS = 4  # over so many prompts may be spread, so that no place stays empty for long
 LOOKAHEAD = 256  # requests looked at, for their adapters, behind those admitted
 
 

@@ -236,13 +236,13 @@ def test_beside_many_replies_prompts_are_spread_over_more_steps() -> None:
     for name in "fg":
         world.add(name, 2, 40)
     assert world.lengths() == replies | {"e": 1, "f": 2, "g": 2}  # 5 + 4 of 10
-    world.add("h", 21, 2)
+    world.add("h", 28, 2)
     replies = dict.fromkeys("abcdefg", 1)
     assert world.lengths() == replies | {"h": 7}  # never fewer than replies
     assert world.lengths() == replies | {"h": 7}
     world.drop(world.live[-1])
-    world.add("i", 22, 40)
-    assert world.lengths() == replies | {"i": 22}  # more than three such steps would take
+    world.add("i", 29, 40)
+    assert world.lengths() == replies | {"i": 29}  # more than four such steps would take
     world.finish()
 
 
