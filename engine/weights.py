@@ -256,7 +256,9 @@ def _sliding(raw: dict[str, Any], family: str, layers: int) -> tuple[int | None,
         return window, tuple(range(layers))
     types = raw.get("layer_types")
     if types is None:
-        first = int(raw.get("max_window_layers", 28))
+        first = raw.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            raise UnsupportedModel("max_window_layers", "an integer, 0 or more", first)
         return window, tuple(range(min(first, layers), layers))
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise UnsupportedModel("layer_types", f"{layers} of sliding_attention, full_attention", types)

@@ -6,7 +6,8 @@ order of arrival). A person's turns lie in one hash and their order in a sorted 
 calls however long the history is. Ratings and removals lie beside the turns and are joined on reading.
 
 `pointer` also gives the person's epoch. Whoever reads it at the start of a piece of work and hands it back
-with each write can never write for a person who was forgotten in between (HistoryForgotten).
+with each write can never write for a person who was forgotten in between (HistoryForgotten). Where it could
+not be read, the moment at which the work began does the same.
 
 Reads are pipelines without MULTI: a server that is full refuses even to queue a read.
 
@@ -130,12 +131,15 @@ class Store:
 
     # Turns
 
-    async def append(self, user: str, turns: Sequence[Turn], *, epoch: int | None = None) -> int:
+    async def append(
+        self, user: str, turns: Sequence[Turn], *, epoch: int | None = None, begun: datetime | None = None
+    ) -> int:
         """Add the turns that are not there yet, in the order given; how many those were. Up to 1,000 turns
-        are one transaction; a longer import is several, and can be sent again after a failure."""
+        are one transaction; a longer import is several, and can be sent again after a failure. `begun` is
+        heeded where there is no `epoch`."""
         added = 0
         for start in range(0, len(turns), APPEND_BATCH):
-            arguments: list[str | bytes | int] = [_or_empty(epoch), user, self.adapter_id(user)]
+            arguments: list[str | bytes | int] = [_fence(epoch, begun), user, self.adapter_id(user)]
             for turn in turns[start : start + APPEND_BATCH]:
                 arguments += _turn_arguments(turn)
             added += self._live(user, await self._transit(lua.APPEND, user, *arguments))
@@ -465,13 +469,15 @@ class Store:
         lease_s: float,
         ttl_s: float,
         epoch: int | None = None,
+        begun: datetime | None = None,
     ) -> bool:
-        """Record a reply as running and held by this gateway; False if there is one of that id already."""
+        """Record a reply as running and held by this gateway; False if there is one of that id already.
+        `begun` is heeded where there is no `epoch`."""
         made = await self._run(
             lua.CREATE_RESPONSE,
             [_response_key(response_id), self._key(user, "responses"), self._life(user)],
             [
-                _or_empty(epoch),
+                _fence(epoch, begun),
                 response_id,
                 user,
                 "running",
@@ -775,6 +781,10 @@ def _pack(value: Mapping[str, Any]) -> bytes:
 
 def _or_empty(value: str | int | None) -> str:
     return "" if value is None else str(value)
+
+
+def _fence(epoch: int | None, begun: datetime | None) -> str:
+    return f"@{_to_micros(begun)}" if epoch is None and begun is not None else _or_empty(epoch)
 
 
 def _to_micros(at: datetime) -> int:

@@ -2,16 +2,16 @@
 
 A person's keys are `attune:user:<adapter id>:<part>`; no key holds a name or a text that a person chose,
 except a conversation's id at its very end. What survives `forget` is `attune:life:<adapter id>`: how often
-the person was forgotten (`epoch`), the last version number given out (`version`), and its value at the last
-forget (`floor`). Work begun before a forget carries an older epoch, or a version at or below the floor: it is
-refused.
+the person was forgotten (`epoch`) and when last (`forgotten`), the last version number given out (`version`),
+and its value at the last forget (`floor`). Work begun before a forget carries an older epoch, a moment before
+it, or a version at or below the floor: it is refused.
 """
 
 USERS = "attune:users"  # hash: adapter id → user
 UPDATES = "attune:updates"  # pub/sub: JSON messages with a `type`
 RUNNING_RESPONSES = "attune:responses:running"  # set of response ids
 USER_PREFIX = "attune:user:"
-LIFE_PREFIX = "attune:life:"  # hash: epoch, version, floor
+LIFE_PREFIX = "attune:life:"  # hash: epoch, forgotten (microseconds), version, floor
 RESPONSE_PREFIX = "attune:response:"  # hash; with ":events" a stream, with ":lease" a string that expires
 TICKET_PREFIX = "attune:ticket:"  # string that expires
 
@@ -48,6 +48,16 @@ local USERS, UPDATES, RUNNING = '{USERS}', '{UPDATES}', '{RUNNING_RESPONSES}'
 local RESPONSE, CONVERSATION = '{RESPONSE_PREFIX}', '{CONVERSATION_PART}'
 """
 
+# `life` is the person's. A fence is the epoch that work began in; or @ and the microsecond it began at, where
+# that could not be read; or nothing.
+_FENCE = """
+local function number(field) return tonumber(redis.call('HGET', life, field) or '0') end
+local function stale(fence)
+  if string.sub(fence, 1, 1) == '@' then return tonumber(string.sub(fence, 2)) <= number('forgotten') end
+  return fence ~= '' and tonumber(fence) ~= number('epoch')
+end
+"""
+
 # KEYS: the person's prefix, the person's life. Every part's key goes by the part's own name.
 _PERSON = (
     _NAMES
@@ -55,9 +65,9 @@ _PERSON = (
     + "".join(f"local {part} = prefix .. '{part}'\n" for part in USER_PARTS)
     + f"local parts = {{{', '.join(USER_PARTS)}}}\n"
     + """
-local function number(field) return tonumber(redis.call('HGET', life, field) or '0') end
-local function stale(epoch) return epoch ~= '' and tonumber(epoch) ~= number('epoch') end
-
+"""
+    + _FENCE
+    + """
 -- Keeps `learned` and `fresh` equal to what history.learned says of the turn.
 local function settle(id)
   local author, rating = redis.call('HGET', authors, id), redis.call('HGET', ratings, id)
@@ -73,7 +83,7 @@ end
 """
 )
 
-# ARGV: epoch, user, adapter id, then 8 per turn: id, microseconds, conversation, JSON, author, rating,
+# ARGV: fence, user, adapter id, then 8 per turn: id, microseconds, conversation, JSON, author, rating,
 # removed, corrects. → number of new turns, or -1 after a forget.
 APPEND = (
     _PERSON
@@ -255,7 +265,8 @@ end
 for _, id in ipairs(talks) do keys = keys + redis.call('UNLINK', prefix .. CONVERSATION .. id) end
 keys = keys + redis.call('UNLINK', unpack(parts))
 redis.call('HDEL', USERS, ARGV[1])
-redis.call('HSET', life, 'floor', number('version'))
+local now = redis.call('TIME')
+redis.call('HSET', life, 'floor', number('version'), 'forgotten', now[1] .. string.format('%06d', now[2]))
 local epoch = redis.call('HINCRBY', life, 'epoch', 1)
 redis.call('PUBLISH', UPDATES, ARGV[2])
 return {said, #talks, trained, replies, keys, epoch}
@@ -282,13 +293,16 @@ end
 """
 )
 
-# KEYS[2]: the person's `responses`, KEYS[3]: the person's life. ARGV: epoch, id, user, state, body, holder,
+# KEYS[2]: the person's `responses`, KEYS[3]: the person's life. ARGV: fence, id, user, state, body, holder,
 # lease in ms, time to live in ms, writer (one per call). → 1 made, 0 there already, -1 after a forget.
 CREATE_RESPONSE = (
     _RESPONSE
     + """
-local epoch, id = ARGV[1], ARGV[2]
-if epoch ~= '' and epoch ~= (redis.call('HGET', KEYS[3], 'epoch') or '0') then return -1 end
+local id, life = ARGV[2], KEYS[3]
+"""
+    + _FENCE
+    + """
+if stale(ARGV[1]) then return -1 end
 if redis.call('EXISTS', record) == 1 then
   return redis.call('HGET', record, 'writer') == ARGV[9] and 1 or 0
 end

@@ -103,6 +103,7 @@ class Replies:
                     lease_s=self.patience.lease,
                     ttl_s=self.patience.ttl,
                     epoch=plan.epoch,
+                    begun=plan.begun,
                 )
             )
         except StoreUnavailable:

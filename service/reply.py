@@ -4,6 +4,7 @@ here."""
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -52,6 +53,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
     fingerprint: str = ""  # of the request, so that one event_id cannot mean two things
     notice: str | None = None
+
+    @property
+    def begun(self) -> datetime:
+        return datetime.fromtimestamp(self.created_at, UTC)
 
 
 CARRIED_BY = ("type", "event_id", "stream_id")  # fields of a message that say nothing of what is asked

@@ -139,7 +139,7 @@ class Session:
 
         save = asked.store is not False
         epoch = recalled.pointer.epoch if read else None
-        saved = turn is None or not save or await self._save(user, turn, epoch)
+        saved = turn is None or not save or await self._save(user, turn, epoch, begun=now)
         notices = [text for text, true in ((NOT_READ, not read), (NOT_SAVED, not saved)) if true]
         return Plan(
             id=f"resp_{name}",
@@ -215,7 +215,8 @@ class Session:
             ending = Ending.failed(getattr(error, "code", "server_error"), "the engine refused this reply")
         if plan.save and ending.status != "failed" and writing.text.strip():
             try:
-                writing.history_saved = await self._save(plan.user, self._reply_turn(writing), plan.epoch)
+                turn = self._reply_turn(writing)
+                writing.history_saved = await self._save(plan.user, turn, plan.epoch, begun=plan.begun)
             except InvalidTurn as error:  # longer than a turn may be
                 log.warning("a reply cannot be saved", response_id=reply.id, reason=str(error))
                 writing.history_saved = False
@@ -416,13 +417,13 @@ class Session:
             raise BadRequest(message, param=param) from None
         return replace(sampling, max_tokens=min(sampling.max_tokens, most))
 
-    async def _save(self, user: str, turn: Turn, epoch: int | None) -> bool:
+    async def _save(self, user: str, turn: Turn, epoch: int | None, *, begun: datetime) -> bool:
         """Append a turn; False when the store could not be reached for that. A short absence is waited out,
         and sending a turn again is harmless."""
         saved = False
         for _ in range(2):
             with suppress(StoreUnavailable):
-                await self.health.ask(lambda: self.store.append(user, [turn], epoch=epoch))
+                await self.health.ask(lambda: self.store.append(user, [turn], epoch=epoch, begun=begun))
                 saved = True
                 break
         known = self._remembered.get(user)

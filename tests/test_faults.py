@@ -439,6 +439,32 @@ async def test_a_forget_that_a_gateway_did_not_hear_of_leaves_nothing_in_its_mem
     await own_store.close()
 
 
+async def test_a_reply_begun_without_redis_is_not_saved_for_someone_who_was_forgotten_meanwhile(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    with engine_held() as let_go:
+        async with service.gateway(store=own_store, store_patience_s=0.2) as gateway:
+            client, replies = gateway.client("ann"), gateway.gateway.replies
+            await client.responses.create(model="me", input="before", max_output_tokens=1)
+            redis_server.kill()
+            stream = await client.responses.create(
+                model="me", input="hello", stream=True, max_output_tokens=LONG
+            )
+            (reply,) = (reply for reply in replies._replies.values() if reply.plan.epoch is None)
+            redis_server.start()
+            assert await gateway.gateway.health.back(60)
+            await own_store.forget("ann")
+            let_go()
+            with suppress(openai.APIError):  # what was said is gone, too
+                async for _ in stream:
+                    pass
+            await until(lambda: not reply.running)
+            assert await own_store.turns("ann") == []
+            async with Redis.from_url(redis_server.url) as redis:
+                assert await redis.keys("*") == [f"attune:life:{own_store.adapter_id('ann')}".encode()]
+    await own_store.close()
+
+
 async def test_a_reply_whose_last_words_redis_missed_is_kept_whole_once_it_is_back(
     service: TinyService, own_store: Store, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,7 +371,9 @@ async def test_forget_leaves_nothing_but_a_nameless_tombstone_and_says_what_it_t
     forgotten = await store.forget("ann")
     life = f"attune:life:{store.adapter_id('ann')}".encode()
     assert await redis.keys("*") == [life]
-    assert await redis.hgetall(life) == {b"epoch": b"1", b"version": b"1", b"floor": b"1"}
+    kept = await redis.hgetall(life)
+    assert abs(int(kept.pop(b"forgotten")) / 1e6 - datetime.now(UTC).timestamp()) < 60
+    assert kept == {b"epoch": b"1", b"version": b"1", b"floor": b"1"}
     assert forgotten == Forgotten(4, 2, 1, 2, forgotten.keys, 1)
     assert forgotten.keys == len(before - {life, b"attune:users", b"attune:responses:running"})
 
@@ -391,7 +393,7 @@ async def test_forgetting_someone_unknown_finds_nothing(store: Store) -> None:
 
 async def test_work_from_before_a_forget_can_write_nothing(store: Store, redis: Redis) -> None:
     await everything_of(store, "ann")
-    epoch = (await store.pointer("ann")).epoch
+    epoch, before = (await store.pointer("ann")).epoch, datetime.now(UTC)
     await store.forget("ann")
     late = [
         lambda: store.append("ann", [turn("ghost")], epoch=epoch),
@@ -400,6 +402,8 @@ async def test_work_from_before_a_forget_can_write_nothing(store: Store, redis: 
         lambda: store.mark_refreshed("ann", ["a"], epoch=epoch),
         lambda: store.publish_progress("ann", {"state": "gating"}, epoch=epoch),
         lambda: store.create_response("ann", "r", b"{}", holder="g", lease_s=9, ttl_s=9, epoch=epoch),
+        lambda: store.append("ann", [turn("ghost")], begun=before),
+        lambda: store.create_response("ann", "r", b"{}", holder="g", lease_s=9, ttl_s=9, begun=before),
     ]
     for write in late:
         with pytest.raises(HistoryForgotten) as caught:
@@ -428,6 +432,9 @@ async def test_a_person_may_come_back_after_a_forget_as_new(store: Store) -> Non
     assert (pointer.version, pointer.epoch) == (0, 1)
     assert await store.append("ann", [turn("a", text="hello again")], epoch=pointer.epoch) == 1
     assert [each.text for each in await store.turns("ann")] == ["hello again"]
+    assert await store.append("ann", [turn("b")], begun=datetime.now(UTC)) == 1
+    now = datetime.now(UTC)
+    assert await store.create_response("ann", "r", b"{}", holder="g", lease_s=9, ttl_s=9, begun=now)
     version = await store.next_version("ann", epoch=pointer.epoch)
     assert version == 2
     assert await store.compare_and_set("ann", 0, version, epoch=pointer.epoch)

@@ -146,6 +146,7 @@ def test_an_unknown_architecture_is_refused_by_name(folder: Path, architecture: 
         {"hidden_size": -1},
         {"head_dim": 13},
         {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": None},
     ],
     ids=str,
 )
