@@ -5,7 +5,9 @@
 
 Llama-3.1-8B's shape, random weights, prompts of 8 to 512 tokens and replies of 8 to 160, as the rows of
 `bench_gpu` have them. Steps are compiled and recorded before; a run is profiled after one that is not. A line
-for each kernel: milliseconds a step, launches a step, microseconds a launch. The last line is JSON.
+for each kernel: milliseconds a step, launches a step, microseconds a launch. Then three layers in the order
+of time, a short one, one in the middle and a long one: when each kernel begins, on which stream, and how long
+it takes. A layer is what begins with `--layer`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -25,19 +29,33 @@ from benchmarks.random_model import ATTENTION_16
 from engine.request import AdapterRef
 
 NAME_CHARS = 72
+SHARES = (0.25, 0.5, 0.9)  # of all layers, that are shorter than the one shown
 
 
 def profiled(
-    bench: Bench, driven: Driven, lengths: Sequence[tuple[int, int]], adapters: Sequence[AdapterRef | None]
+    bench: Bench,
+    driven: Driven,
+    lengths: Sequence[tuple[int, int]],
+    adapters: Sequence[AdapterRef | None],
+    layer: str,
 ) -> dict[str, Any]:
-    """One run, and what its kernels took by name, the longest first."""
+    """One run, and what its kernels took by name, the longest first; and a few layers as they came."""
     driven.run(bench.work("8b", lengths, adapters, seed=21))
     activity = ProfilerActivity.CUDA if bench.is_cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         run = driven.run(bench.work("8b", lengths, adapters, seed=22))
     taken: defaultdict[str, list[float]] = defaultdict(list)
-    for event in profiler.events():
-        taken[event.name[:NAME_CHARS]].append(event.device_time if bench.is_cuda else event.cpu_time)
+    ran = [
+        Ran(
+            event.name[:NAME_CHARS],
+            event.time_range.start,
+            event.device_time if bench.is_cuda else event.cpu_time,
+            event.device_resource_id if bench.is_cuda else 0,
+        )
+        for event in profiler.events()
+    ]
+    for one in ran:
+        taken[one.kernel].append(one.us)
     steps = run.stats["step"]["steps"]
     kernels = [
         {
@@ -53,7 +71,31 @@ def profiled(
         "steps": steps,
         "mean_rows": round(run.stats["step"]["rows"] / steps, 1),
         "kernels": kernels,
+        "layers": [[asdict(one) for one in each] for each in layers(ran, layer, SHARES)],
     }
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One kernel, and when it began, in microseconds: since the profile did, or since the layer did."""
+
+    kernel: str
+    at: float
+    us: float
+    stream: int
+
+
+def layers(ran: Sequence[Ran], first: str, shares: Sequence[float]) -> list[list[Ran]]:
+    """The kernels from one whose name begins with `first` up to the next such, in the order of time: of all
+    such runs those that are longer than these shares of them. None if there are no two."""
+    ordered = sorted(ran, key=lambda one: one.at)
+    begins = [index for index, one in enumerate(ordered) if one.kernel.startswith(first)]
+    found = sorted(pairwise(begins), key=lambda pair: ordered[pair[1]].at - ordered[pair[0]].at)
+    chosen = [found[int(share * len(found))] for share in shares] if found else []
+    return [
+        [replace(one, at=round(one.at - ordered[begin].at, 2)) for one in ordered[begin:end]]
+        for begin, end in chosen
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=384)
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--lines", type=int, default=24, help="kernels that are shown")
+    parser.add_argument("--layer", default="_rotary_kernel", help="how a layer's first kernel is called")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds that all of it may take")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write the JSON into benchmarks/results/")
@@ -80,13 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {}
     for name, adapters in (("without adapters", [None]), (f"{len(refs)} adapters", refs)):
         bench.warm(driven, "8b", adapters)
-        found[name] = profiled(bench, driven, lengths, adapters)
+        found[name] = profiled(bench, driven, lengths, adapters, options.layer)
         say(f"{name}: {found[name]['tokens_per_s']:,} tok/s in {found[name]['steps']} steps, profiled")
         for line in found[name]["kernels"][: options.lines]:
             print(
                 f"{line['ms_per_step']:9.3f} ms {line['launches_per_step']:8.1f} x {line['us']:9.1f} us  "
                 f"{line['kernel']}"
             )
+        for layer in found[name]["layers"]:
+            print(f"a layer of {name}:")
+            for one in layer:
+                print(f"{one['at']:9.1f} us  stream {one['stream']}  {one['us']:9.1f} us  {one['kernel']}")
     bench.free()
     report("bench_profile", {**gpu(), "runs": found}, keep=options.keep)
 

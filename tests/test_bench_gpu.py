@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import bench_gpu, bench_profile, bench_start, gpu_rows
 from benchmarks.bench_gpu import Record, run_rows, supervise, table
+from benchmarks.bench_profile import Ran, layers
 from benchmarks.driving import Budget, OverBudget, Work, WrongReply, changes, make_work
 from benchmarks.gpu_rows import ROWS, Bench, Measured, Row, drop_from_page_cache, popularity
 from benchmarks.plain_path import Passage, plain_logits
@@ -198,7 +199,8 @@ def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_profile_names_what_was_run_with_adapters_and_without(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_profile.main(["--tiny", "--requests", "8", "--adapters", "4", "--lines", "2"])
+    flags = ["--tiny", "--requests", "8", "--adapters", "4", "--lines", "2", "--layer", "aten::scaled_dot"]
+    bench_profile.main(flags)
     *shown, last = capsys.readouterr().out.splitlines()
     runs = json.loads(last)["runs"]
     assert list(runs) == ["without adapters", "4 adapters"]
@@ -208,6 +210,20 @@ def test_a_profile_names_what_was_run_with_adapters_and_without(capsys: pytest.C
         assert times == sorted(times, reverse=True)
         assert any("linear" in kernel["kernel"] for kernel in run["kernels"])
         assert any(run["kernels"][0]["kernel"] in line for line in shown)
+        assert len(run["layers"]) == 3
+        for layer in run["layers"]:
+            assert layer[0]["kernel"].startswith("aten::scaled_dot")
+            assert layer[0]["at"] == 0
+            assert layer[-1]["kernel"] in " ".join(shown)
+
+
+def test_layers_are_cut_out_of_what_ran_by_their_first_kernel() -> None:
+    ran = [Ran("a", 0, 1, 7), Ran("b", 9, 1, 7), Ran("c", 4, 2, 8), Ran("a", 10, 1, 7), Ran("a", 13, 1, 7)]
+    assert layers(ran, "a", (0.0, 0.5)) == [
+        [Ran("a", 0, 1, 7)],
+        [Ran("a", 0, 1, 7), Ran("c", 4, 2, 8), Ran("b", 9, 1, 7)],
+    ]
+    assert layers(ran, "b", (0.5,)) == []
 
 
 def test_a_start_is_measured_phase_by_phase(tmp_path: Path) -> None:
