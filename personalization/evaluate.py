@@ -570,12 +570,6 @@ def _authors(bench: Bench, subjects: Sequence[Subject], candidates: Adapters) ->
     }
 
 
-def _newest(turns: Sequence[Turn], count: int) -> Sequence[Turn]:
-    """The end of `turns` that holds `count` learned ones."""
-    lessons = [place for place, turn in enumerate(turns) if learned(turn)]
-    return turns[lessons[-count] :]
-
-
 def _curve(
     bench: Bench, subjects: Sequence[Subject], context: Sequence[float], extent: Extent
 ) -> list[dict[str, Any]]:
@@ -587,7 +581,7 @@ def _curve(
             continue
         bench.say(f"learning from {count} turns: {len(here)} people")
         policy = replace(bench.policy, gate_fraction=0.0, most_turns=count)
-        lessons = [choose(_newest(subjects[at].history, count), (), bench.renderer, policy) for at in here]
+        lessons = [choose(subjects[at].history, (), bench.renderer, policy) for at in here]
         people = [_person(lesson, at) for at, lesson in zip(here, lessons, strict=True)]
         after = _means(bench, _trained(bench, people, extent), [subjects[at].test for at in here])
         gains = [context[at] - loss for at, loss in zip(here, after, strict=True)]
