@@ -108,8 +108,9 @@ class Driven:
             self._loaded.wait(0.001)  # or a copy to the device is on its way, which tells nobody
         return self.engine.step()
 
-    def load(self, refs: Sequence[AdapterRef]) -> None:
-        """Have these adapters read into host memory, as presence would."""
+    def load(self, refs: Sequence[AdapterRef], *, on_device: bool = False) -> None:
+        """Have these adapters read into host memory, as presence would; with `on_device`, wait until those
+        that have room there are on the device."""
         failures = self.engine.stats().adapters["failures"]
         for begin in range(0, len(refs), 1024):  # the engine remembers a few thousand prefetches only
             for ref in refs[begin : begin + 1024]:
@@ -117,9 +118,10 @@ class Driven:
             while True:
                 self._loaded.clear()
                 self.step()
-                if not self.engine.stats().queue["loading"]:
+                queue = self.engine.stats().queue
+                if not queue["loading"] and not (on_device and queue["copying"]):
                     break
-                self._loaded.wait(0.05)
+                self._loaded.wait(0.001 if queue["copying"] else 0.05)
         if self.engine.stats().adapters["failures"] != failures:
             raise WrongReply("prefetch", "adapters that load", "a failure; the log names it")
 

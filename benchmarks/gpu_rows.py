@@ -790,7 +790,7 @@ def first_token(bench: Bench) -> Measured:
                 driven.engine.forget(ref.id)
                 ask("disk", ref, seed=3000 + turn)
                 driven.engine.forget(ref.id)
-                driven.load([ref])
+                driven.load([ref], on_device=True)  # presence is known seconds before
                 ask("prefetched", ref, seed=4000 + turn)
         finally:
             bench.free()

@@ -195,6 +195,11 @@ class AdapterCache:
         return len(self._loading)
 
     @property
+    def num_copying(self) -> int:
+        """Copies to the device that had not ended at the last poll."""
+        return len(self._copying)
+
+    @property
     def num_resident(self) -> int:
         return len(self._device)
 

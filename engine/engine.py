@@ -383,6 +383,7 @@ class Engine:
                 "oldest_wait_s": max((now - s.arrived_at for s in self._scheduler.waiting), default=0.0),
                 "running": len(self._scheduler.running),
                 "loading": self._adapters.num_loading,
+                "copying": self._adapters.num_copying,
                 "admitted": self._scheduler.stats.admitted,
                 "preemptions": self._scheduler.stats.preemptions,
             },

@@ -74,7 +74,8 @@ def _of_engine(
     yield _counters("evictions", "Blocks of K/V, and adapters, that gave their pages up", "of", evicted)
 
     yield _gauge("adapters_resident", "Adapters on the device", adapters["resident"])
-    yield _gauge("adapters_loading", "Adapters being read or copied", queue["loading"])
+    yield _gauge("adapters_loading", "Adapters being read", queue["loading"])
+    yield _gauge("adapters_copying", "Adapters on their way to the device", queue["copying"])
     yield _gauge("adapters_host_bytes", "Bytes of adapters in host memory", adapters["host_bytes"])
     yield _counters("adapters_found", "Where requests found their adapter", "tier", adapters["found"])
     yield _counter("adapter_loads", "Adapters read from disk", adapters["loads"])

@@ -347,6 +347,7 @@ async def test_metrics_tell_of_the_engine_and_of_the_refreshes(service: TinyServ
         assert grown["attune_engine_adapter_loads_total"] == 1
         assert sum(grown[name] for name in grown if name.startswith("attune_engine_adapters_found")) == 1
         assert after["attune_engine_adapters_resident"] >= 1
+        assert after["attune_engine_adapters_loading"] == after["attune_engine_adapters_copying"] == 0
         assert grown["attune_engine_steps_total"] >= 3
         parts = [f'attune_engine_step_seconds_total{{part="{part}"}}' for part in STEP_PARTS]
         assert sum(grown[part] for part in parts) > 0
