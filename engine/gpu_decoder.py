@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -286,13 +287,10 @@ def token_buckets(most: int) -> list[int]:
 
 
 def worth_keeping(buckets: list[int], seconds: Callable[[int], float]) -> list[int]:
-    """The buckets without those that a larger one beats by a tenth or more: there are numbers of rows that a
-    library of products is slow with, others on every device."""
-    kept: list[int] = []
-    least = math.inf
-    for bucket in reversed(buckets):
-        took = seconds(bucket)
-        if least > 0.9 * took:
-            kept.append(bucket)
-        least = min(least, took)
-    return kept[::-1]
+    """The buckets without those that the next one beats by a sixth or more: there are numbers of rows that a
+    library of products is slow with, others on every device. Neighbours only, as a small model's products
+    all take about as long, which is chance.
+    """
+    took = [seconds(bucket) for bucket in buckets]
+    beaten = [after < 5 / 6 * before for before, after in pairwise(took)]
+    return [bucket for bucket, is_beaten in zip(buckets, [*beaten, False], strict=True) if not is_beaten]

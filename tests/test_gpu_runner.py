@@ -259,11 +259,13 @@ def test_numbers_of_tokens_that_products_are_slow_with_are_padded_to_faster_ones
     assert buckets[-1] == 1152
 
     def seconds(tokens: int) -> float:
-        return {128: 140.0, 448: 600.0}.get(tokens, float(tokens))  # 192 and 512 are the next
+        return {128: 220.0, 448: 620.0}.get(tokens, float(tokens))  # 192 and 512 are the next
 
     assert worth_keeping(buckets, seconds) == [tokens for tokens in buckets if tokens != 448]
     assert worth_keeping(buckets, lambda tokens: 1.0) == buckets
-    assert worth_keeping(buckets, lambda tokens: 1 / tokens) == [1152]
+    assert worth_keeping(buckets, lambda tokens: float(tokens == 1024)) == [
+        tokens for tokens in buckets if tokens != 1024
+    ]
 
 
 @pytest.mark.gpu
