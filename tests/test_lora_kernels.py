@@ -79,6 +79,7 @@ SOME = POPULARITIES if HAS_GPU else ("distinct", "identical")  # the interpreter
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "CHUNK", 16)
     monkeypatch.setattr(lora, "COLUMNS", 32)
+    monkeypatch.setattr(lora, "PART", 16)
     monkeypatch.setattr(lora, "THREADS", 32)
     monkeypatch.setattr(fused, "COLUMNS", 32)
     monkeypatch.setattr(fused, "MANY_PROGRAMS", 12)  # some of the cases have more
@@ -109,6 +110,7 @@ class World:
         self.inputs = StepInputs(limits, DEVICE, LAYERS)
         self.inputs.fill(self.batch, self.tokens, self.batch.num_single, 0)
         self.rows = self.inputs.lora
+        self.rows.tables[int(self.rows.num_segments[0]) :] = 1  # of adapters that are no longer there
         items = self.rows.items[0].shape[0]
         self.places = ItemPlaces(
             torch.full((4, LAYERS, items, 2), 1 << 40, dtype=torch.int64, device=DEVICE),
