@@ -121,7 +121,7 @@ class Driven:
                 queue = self.engine.stats().queue
                 if not queue["loading"] and not (on_device and queue["copying"]):
                     break
-                self._loaded.wait(0.001 if queue["copying"] else 0.05)
+                self._loaded.wait(0.001 if on_device else 0.05)
         if self.engine.stats().adapters["failures"] != failures:
             raise WrongReply("prefetch", "adapters that load", "a failure; the log names it")
 
