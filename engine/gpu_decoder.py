@@ -209,7 +209,7 @@ class GpuDecoder:
         column = self._inputs.column
         scale, window = self.config.head_dim**-0.5, self.config.window(layer)
         if shape.has_prompts:
-            tiles = -(-shape.tokens // self._inputs.limits.query_rows) + self._inputs.limits.rows
+            tiles = self._inputs.limits.query_tiles(shape.tokens)
             with self._aside():
                 attention.prefill_attention(
                     self._q[: shape.tokens], self._slabs, layer, column["block_list"], column["block_start"],

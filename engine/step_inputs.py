@@ -37,9 +37,9 @@ class Limits:
     blocks: int  # of all sequences together
     query_rows: int  # rows of one tile of prompt attention
 
-    @property
-    def query_tiles(self) -> int:
-        return -(-self.tokens // self.query_rows) + self.rows
+    def query_tiles(self, tokens: int) -> int:
+        """Tiles of prompt attention in a step of so many tokens."""
+        return -(-tokens // self.query_rows) + self.rows
 
     def segments(self, tokens: int) -> int:
         """Runs of rows with one adapter in a step of so many tokens."""
@@ -72,13 +72,11 @@ class StepInputs:
             "num_items": ("i4", 16),
             "block_start": ("i4", rows),
             "context_lens": ("i4", rows),
-            "single_lens": (
-                "i4",
-                rows,
-            ),  # context_lens of decode rows; 0 for padding, -1 if it may be prompts
+            # context_lens of decode rows; 0 for padding, -1 where that may be rows of prompts
+            "single_lens": ("i4", rows),
             "query_start": ("i4", rows + 1),
-            "tile_sequence": ("i4", limits.query_tiles),
-            "tile_first": ("i4", limits.query_tiles),
+            "tile_sequence": ("i4", limits.query_tiles(tokens)),
+            "tile_first": ("i4", limits.query_tiles(tokens)),
             "logits_rows": ("i4", rows),
             "top_k": ("i4", rows),
             "index": ("i4", rows),
