@@ -196,6 +196,8 @@ class Bench:
         prepared = 0
         while time.perf_counter() - started < self.budget_s / 2 and driven.engine.prepare():
             prepared += 1  # as a server does while nobody asks
+        gc.collect()
+        gc.freeze()  # as the engine's process does: it would pause in the middle of a run
         self._warm_with.add(with_adapters)
         self.say(f"  warm-up: {time.perf_counter() - started:.1f} s, {prepared} steps prepared")
 
@@ -235,8 +237,9 @@ class Bench:
         return torch.cuda.mem_get_info(self.device)[0] - NOT_ARENA
 
     def _collect(self) -> None:
+        gc.unfreeze()
+        gc.collect()  # engines hold on to themselves
         if self.is_cuda:
-            gc.collect()  # engines hold on to themselves
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 

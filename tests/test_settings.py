@@ -1,12 +1,13 @@
 """Settings: where they come from, what they refuse, and the files they stand for."""
 
+import gc
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from service.processes import engine_config
+from service.processes import engine_config, out_of_collections
 from service.settings import (
     LONGEST_SOCKET_PATH,
     Settings,
@@ -139,3 +140,9 @@ def test_sizes_follow_the_device_unless_they_are_set() -> None:
     for given in (None, memory):
         config = engine_config(chosen, "cpu", "float32", given)
         assert (config.arena_bytes, config.host_cache_bytes, config.max_tokens_per_step) == (64 << 20, 0, 16)
+
+
+def test_collections_do_not_look_at_what_a_process_has_loaded_until_it_ends() -> None:
+    with out_of_collections():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
