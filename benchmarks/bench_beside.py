@@ -3,7 +3,7 @@
 An engine's process answers 64 people without a pause, each with an adapter of their own; the time between two
 words of a reply is noted alone, then while a trainer's process refreshes 64 people, then alone again. The
 trainer borrows the weights (`engine/lending.py`) and keeps to its share (`personalization/pacing.py`).
-`--most` ends it after so many seconds.
+`--most` ends it after so many seconds; how long it takes without the others is then left out.
 
     python -m benchmarks.bench_beside [--shape 8b] [--people 64] [--seconds 20] [--most 60] [--keep]
     python -m benchmarks.bench_beside --shape tiny --people 4 --seconds 2 --device cpu
@@ -217,8 +217,9 @@ async def measure(folder: Path, refs: list[AdapterRef], options: argparse.Namesp
     try:
         crowd = Crowd(client, refs, 0)
         await refresh(trainer, tasks[:2])  # warm: the process, its kernels
-        seconds, _ = await refresh(trainer, tasks)
-        say("refresh_alone_s", round(seconds, 2))
+        if options.most is None:
+            seconds, _ = await refresh(trainer, tasks)
+            say("refresh_alone_s", round(seconds, 2))
         async with crowd.talking():
             await asyncio.sleep(min(10.0, options.seconds))  # graphs recorded, adapters loaded
             crowd.take(1.0)

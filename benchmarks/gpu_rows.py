@@ -763,6 +763,7 @@ def first_token(bench: Bench) -> Measured:
     """Time to first token of one request on an idle engine, by where its adapter is.
 
     Files are in the page cache. To be in host memory only, an adapter is pushed off the device by others.
+    Each is asked after the same pause, as a device that was idle takes longer to begin.
     """
     rounds, count = bench.size(12, 3), bench.size(24, 6)
     refs = bench.adapters().refs(ATTENTION_16, count)
@@ -771,6 +772,7 @@ def first_token(bench: Bench) -> Measured:
 
     def ask(name: str, ref: AdapterRef, seed: int) -> None:
         work = bench.work("8b", [(bench.size(64, 8), 2)], [ref], seed)[0]
+        time.sleep(bench.size(100, 1) / 1e3)
         taken, tier = driven.first_token(work)
         seconds[name].append(taken)
         seen[name][tier] = seen[name].get(tier, 0) + 1
