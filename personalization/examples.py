@@ -20,10 +20,22 @@ def training_rows(
     window_tokens: int,
     learn: Callable[[Turn], bool] = learned,
 ) -> list[Example]:
-    """Windows of whole turns, at most `window_tokens` tokens each, oldest first. A window ends with its last
-    turn to learn, and one without any is no row. A turn longer than a window is a row of its own, cut at its
-    end."""
-    said = _shown(sorted(turns, key=lambda turn: turn.at))
+    """`windows` of the turns as they should have been and as serving shows them, oldest first."""
+    return windows(_shown(sorted(turns, key=lambda turn: turn.at)), renderer, window_tokens, learn)
+
+
+def windows(
+    said: Sequence[Turn],
+    renderer: Renderer,
+    window_tokens: int,
+    learn: Callable[[Turn], bool] = learned,
+) -> list[Example]:
+    """Windows of whole turns, at most `window_tokens` tokens each, in the order given. A window ends with its
+    last turn to learn, and one without any is no row. A turn longer than a window is a row of its own, cut at
+    its end.
+
+    `said` is shown as it is, in its order. What serving would not show can only be told of a whole history:
+    with the question between two replies taken out, the first would count as asked for again."""
     costs = [renderer.cost(turn) for turn in said]
     room = window_tokens - renderer.frame_cost
     rows: list[Example] = []

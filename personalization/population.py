@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from engine.model import ModelConfig
-from personalization.examples import hold_out, serving_rows, training_rows
+from personalization.examples import hold_out, serving_rows, windows
 from personalization.gate import GatePolicy
 from personalization.history import Turn, parse
 from personalization.prompt import Example, Renderer
@@ -136,4 +136,4 @@ def _rows(turns: Sequence[Turn], workshop: Workshop) -> tuple[list[Example], lis
         most_tokens=workshop.row_tokens,
         learn=lambda turn: turn.id in judged,
     )
-    return training_rows(older, workshop.renderer, workshop.row_tokens), gate, len(held.train)
+    return windows(older, workshop.renderer, workshop.row_tokens), gate, len(held.train)

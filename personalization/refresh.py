@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from engine.adapter_files import version_folder
 from personalization import lineage
-from personalization.examples import hold_out, serving_rows, training_rows
+from personalization.examples import hold_out, serving_rows, windows
 from personalization.gate import GatePolicy
 from personalization.history import Turn, learned
 from personalization.population import newest
@@ -341,8 +341,8 @@ def choose(turns: Sequence[Turn], seen: Collection[str], renderer: Renderer, pol
         before, after, renderer, most_tokens=policy.gate_tokens, learn=lambda turn: turn.id in judged
     )
     older, latest = (_newest(part, policy.most_turns) for part in (_without(held.said, newest), after))
-    train = training_rows(older, renderer, policy.row_tokens)
-    newest_rows = training_rows(latest, renderer, policy.row_tokens, lambda turn: turn.id in newest)
+    train = windows(older, renderer, policy.row_tokens)
+    newest_rows = windows(latest, renderer, policy.row_tokens, lambda turn: turn.id in newest)
     trained_turns = tuple(turn.id for turn in older if learned(turn))
     newest_turns = tuple(turn.id for turn in latest if turn.id in newest)
     all_turns = (*held.train, *held.newest)

@@ -18,7 +18,7 @@ from engine.adapter_files import read_adapter
 from engine.weights import load_model, read_config
 from personalization.examples import training_rows
 from personalization.gate import Gate, GatePolicy
-from personalization.history import learned
+from personalization.history import Turn, learned
 from personalization.lineage import marks
 from personalization.prompt import Example, Renderer
 from personalization.publish import DiskFull, Shelf
@@ -782,6 +782,36 @@ def test_others_turns_are_context_and_held_out_turns_are_nowhere_in_training(ren
     trained = [row.token_ids for row in lesson.train]
     for words in held_out:
         assert not any(words == ids[at : at + len(words)] for ids in trained for at in range(len(ids)))
+
+
+def is_in(turns: list[Turn], rows: list[Example], renderer: Renderer) -> bool:
+    """Whether these turns follow each other in a row."""
+    ids = renderer.example(turns).token_ids
+    return any(ids == row.token_ids[at : at + len(ids)] for row in rows for at in range(len(row.token_ids)))
+
+
+@pytest.mark.parametrize("taken_out", [True, False])
+def test_a_reply_is_shown_though_the_turn_after_it_is_taken_out_or_held_out(
+    taken_out: bool, renderer: Renderer
+):
+    """It then stands before the next one, and yet that was not asked for in its place."""
+    turns = [
+        dataclasses.replace(turn, author="model", version=0) if turn.role == "assistant" else turn
+        for turn in talk("ann", 60)
+    ]
+    turns[24] = dataclasses.replace(turns[24], removed=taken_out)
+    turns[25] = dataclasses.replace(turns[25], rating="up")
+    seen = () if taken_out else {turn.id for turn in turns} - {"ann-22", "ann-24"}
+    lesson = choose(turns, seen, renderer, dataclasses.replace(POLICY, row_tokens=256))
+    assert is_in([*turns[22:24], *turns[25:27]], lesson.train, renderer)
+
+
+def test_a_correction_is_learned_in_the_place_of_what_it_corrects_whenever_it_was_written(renderer: Renderer):
+    turns = talk("ann", 60)
+    right = dataclasses.replace(turns[3], id="right", at=turns[33].at, corrects="ann-3")
+    turns[3] = dataclasses.replace(turns[3], author="model", removed=True)
+    lesson = choose([*turns, right], (), renderer, dataclasses.replace(POLICY, row_tokens=256))
+    assert is_in([turns[2], dataclasses.replace(right, corrects=None), turns[4]], lesson.train, renderer)
 
 
 def learned_tokens(rows: list[Example]) -> int:
