@@ -30,13 +30,14 @@ def windows(
     window_tokens: int,
     learn: Callable[[Turn], bool] = learned,
 ) -> list[Example]:
-    """Windows of whole turns, at most `window_tokens` tokens each, in the order given. A window ends with its
-    last turn to learn, and one without any is no row. A turn longer than a window is a row of its own, cut at
-    its end.
+    """Windows of whole turns, at most `window_tokens` tokens each, the model's context at most, in the
+    order given. A window ends with its last turn to learn, and one without any is no row. A turn longer than
+    a window is a row of its own, cut at its end.
 
     `said` is shown as it is, in its order. What serving would not show can only be told of a whole history:
     with the question between two replies taken out, the first would count as asked for again."""
     costs = [renderer.cost(turn) for turn in said]
+    window_tokens = min(window_tokens, renderer.context_length)
     room = window_tokens - renderer.frame_cost
     rows: list[Example] = []
     first = 0

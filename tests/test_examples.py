@@ -2,6 +2,7 @@
 
 import random
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -129,6 +130,11 @@ def test_a_turn_longer_than_the_window_is_cut_at_its_end(renderer: Renderer) -> 
     assert [len(row.token_ids) for row in rows][1] == 50
     assert len(rows) == 3
     assert shown(renderer, rows)[2].endswith("word 4 said<|end|>")
+
+
+def test_no_row_is_longer_than_what_the_model_can_be_served(tmp_path: Path) -> None:
+    narrow = Renderer(write_tokenizer(tmp_path, TEMPLATES["demo"]), 64)
+    assert training_rows(talk(40), narrow, 1024) == training_rows(talk(40), narrow, 64)
 
 
 def test_a_corrected_reply_is_taught_as_corrected(renderer: Renderer) -> None:
