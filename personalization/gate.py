@@ -231,8 +231,8 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def _turn_lengths(example: Example) -> list[int]:
-    """How many tokens each learned turn of the row has. Between two turns there are always tokens of the
-    frame, which are not learned, so a turn is an unbroken stretch of the mask."""
+    """How many tokens each learned turn of the row has: a turn is an unbroken stretch of the mask (see
+    `Renderer.example`)."""
     lengths: list[int] = []
     inside = False
     for learn in example.learn_mask[1:]:

@@ -137,7 +137,9 @@ class Renderer:
 
     def example(self, turns: Sequence[Turn], learn: Callable[[Turn], bool] = learned) -> Example:
         """The turns as one chat, and which of its tokens belong to turns to learn. A turn whose place in the
-        rendered text cannot be told for certain is not learned.
+        rendered text cannot be told for certain is not learned. Between two that are learned there is always
+        a token that is not, so that they can be told apart: where nothing else is, the first one's end of
+        turn.
 
         The ids before a reply are those of its prompt, as long as the tokenizer does not join the white space
         at a prompt's end with what follows (GPT-2's does, behind a template that ends in two line ends)."""
@@ -146,13 +148,17 @@ class Renderer:
         encoding = self._tokenizer.encode(rendered.text, add_special_tokens=False)
         starts = [start for start, _ in encoding.offsets]
         ends = [end for _, end in encoding.offsets]
+        lessons = [
+            (bisect_right(ends, span[0]), bisect_left(starts, span[1]))
+            for turn, span in zip(said, rendered.spans, strict=True)
+            if span is not None and learn(turn)
+        ]
+        following = [first for first, _ in lessons[1:]] + [len(encoding.ids) + 1]
         mask = [False] * len(encoding.ids)
-        for turn, span in zip(said, rendered.spans, strict=True):
-            if span is None or not learn(turn):
-                continue
-            first, past = bisect_right(ends, span[0]), bisect_left(starts, span[1])
-            past = self._end_of_turn(encoding.ids, past)
-            mask[first:past] = [True] * (past - first)
+        for (first, past), after in zip(lessons, following, strict=False):
+            end = self._end_of_turn(encoding.ids, past)
+            end = end if end < after else min(past, after - 1)
+            mask[first:end] = [True] * (end - first)
         return Example(tuple(encoding.ids), tuple(mask))
 
     def cost(self, turn: Turn) -> int:

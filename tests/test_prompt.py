@@ -174,7 +174,20 @@ def test_turns_of_one_role_in_a_row_share_a_message_where_roles_must_alternate(
     turns = [said("a", "user", "one"), said("b", "user", "two"), said("c", "assistant", "three")]
     example = strict.example([*turns, said("d", "user", "four")], everything)
     assert shown(strict, example.token_ids) == "<s>[INST] one\n\ntwo [/INST] three</s>[INST] four [/INST]"
-    assert learned_text(strict, example) == [" one", "two [/INST] three</s>", "four [/INST]"]
+    assert learned_text(strict, example) == [" one", "two", " three</s>", "four [/INST]"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_of_turns_in_a_row_that_are_learned_each_is_a_run_of_its_own(name: str, tmp_path: Path) -> None:
+    """The gate's statistic is over turns, and counts them by that."""
+    tokenizer = byte_level_tokenizer(MODERN_WORDS)
+    tokenizer.add_tokens([".\n\n"])  # Llama 3 and Qwen know it
+    renderer = Renderer(write_tokenizer(tmp_path, TEMPLATES[name], tokenizer), 512)
+    turns = [said("a", "user", "one."), said("b", "user", "two."), *chat("three", "four", first="assistant")]
+    runs = learned_text(renderer, renderer.example(turns, everything))
+    assert [run.split("<")[0].strip(". ") for run in runs[:3]] == ["one", "two", "three"]
+    assert len(runs) == 4
+    assert not any(renderer.example(turns, lambda turn: False).learn_mask)
 
 
 def test_an_assistant_who_speaks_first_is_left_out_only_where_the_user_must_begin(
@@ -249,7 +262,9 @@ def test_the_mask_of_a_turn_is_its_words_and_its_end_and_nothing_else(
             run = run.strip().removesuffix(end)
         assert run.strip() == renderer._clean(turn.text)
     assert all(sum(token) <= 1 for token in zip(*masks, strict=True))
-    assert whole.learn_mask == tuple(map(any, zip(*masks, strict=True)))
+    apart = list(map(any, zip(*masks, strict=True)))
+    left_out = [place for place, learn in enumerate(whole.learn_mask) if learn != apart[place]]
+    assert {shown(renderer, [whole.token_ids[place]]).strip() for place in left_out} <= {"", "[/INST]"}
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "plain"])
