@@ -272,7 +272,7 @@ def interval(values: Sequence[float], draws: int = DRAWS) -> list[float]:
 
 def _question(bench: Bench, subject: Subject, adapter: LoraWeights | None) -> Question:
     row = subject.test[0]
-    prompt = row.token_ids[: row.learn_mask.index(True)]
+    prompt = row.token_ids[: row.learn_mask.index(True, 1)]  # never none: a template may open with the words
     return Question(prompt, adapter, next_token(bench.model, prompt, adapter))
 
 

@@ -160,6 +160,20 @@ def test_someone_whose_oldest_turns_may_not_be_learned_is_measured_all_the_same(
     assert "loss on the oldest turns none" in table(done.numbers)
 
 
+def test_an_engine_is_asked_with_a_prompt_though_the_template_opens_with_the_persons_words(
+    tmp_path: Path,
+) -> None:
+    folder = save_small_model(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    bench = Bench(load_model(folder), Renderer(folder, 256), dataclasses.replace(POLICY, gate_tokens=32))
+    long = [dataclasses.replace(turn, text=8 * turn.text) for turn in talk("ann", 60)]  # each fills a window
+    extent = Extent(selection_turns=0, curve=(), refreshes=0, from_population=False, stacks=())
+    (question,) = evaluate({"ann": long}, bench, extent).questions
+    assert len(question.prompt) == 1
+
+
 def test_nobody_with_enough_turns_is_said(bench: Bench) -> None:
     with pytest.raises(NothingToMeasure, match=r"expected someone with 20 turns .* got 1 people without"):
         evaluate({"few": talk("few", 12)}, bench, EXTENT)
