@@ -355,7 +355,8 @@ class Store:
         end: TrialEnd | None = None,
     ) -> bool:
         """Let `version` answer a share of the replies, while `expected` answers the others, and tell
-        everyone; False as in `compare_and_set`. A trial that there is already ends by it, as `end` says."""
+        everyone; False as in `compare_and_set`. The trial that `end` is of ends by it; where another one has
+        begun, that goes on, and False."""
         adapter_id = self.adapter_id(user)
         begun = await self._transit(
             lua.BEGIN_TRIAL,
@@ -370,6 +371,7 @@ class Store:
             adapter_id,
             _pack(_trial_news(user, adapter_id, version, share, "begun")),
             _pack_end(end),
+            _or_empty(None if end is None else end.version),
         )
         return bool(begun)
 

@@ -184,7 +184,7 @@ return 1
 )
 
 # ARGV: epoch, expected, the version to try, its share, microseconds, writer (one per call), user, adapter id,
-# message, how a trial ends by this. → 1 begun, 0 not.
+# message, how a trial ends by this, the version that may be on trial by then or ''. → 1 begun, 0 not.
 BEGIN_TRIAL = (
     _PERSON
     + _END_TRIAL
@@ -195,6 +195,8 @@ if redis.call('HGET', pointer, 'trial') == ARGV[3] and redis.call('HGET', pointe
   return 1
 end
 if (redis.call('HGET', pointer, 'version') or '0') ~= ARGV[2] then return 0 end
+local tried = redis.call('HGET', pointer, 'trial')
+if tried and tried ~= ARGV[11] then return 0 end
 end_trial(ARGV[10])
 redis.call('HSET', pointer, 'version', ARGV[2], 'trial', try, 'share', ARGV[4], 'since', ARGV[5])
 redis.call('HSET', pointer, 'writer', writer)

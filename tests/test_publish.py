@@ -77,6 +77,19 @@ async def test_of_two_on_the_same_parent_the_later_loses_and_leaves_no_folder(sh
     assert on_disk(shelf) == ["1"]
 
 
+async def test_of_two_on_trial_on_the_same_parent_the_later_loses_too(shelf, store):
+    """As one that was taken for lost too early, and the one that came for it."""
+    await known(store)
+    await room.publish(shelf, store, "ann", weights(), ORIGIN, await store.pointer("ann"))
+    parent = await store.pointer("ann")
+    await room.publish(shelf, store, "ann", weights(), ORIGIN, parent, share=0.25)
+    with pytest.raises(Superseded):
+        await room.publish(shelf, store, "ann", weights(), ORIGIN, parent, share=0.25)
+    pointer = await store.pointer("ann")
+    assert (pointer.version, pointer.trial.version) == (1, 2)
+    assert on_disk(shelf) == ["1", "2"]
+
+
 async def test_a_job_from_before_the_person_was_forgotten_publishes_nothing(shelf, store):
     await known(store)
     parent = await store.pointer("ann")
