@@ -20,7 +20,16 @@ import hmac
 import itertools
 import json
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -253,19 +262,32 @@ class Store:
         return Standing(learned, fresh, newest, trial=bool(tried))
 
     async def votes(self, user: str) -> dict[int, Votes]:
-        """What the person said of the replies of each version."""
+        """What the person said of the replies of each version. A reply older than the version of that number
+        was brought along from elsewhere, where another one had it."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.hgetall(self._key(user, "ratings"))
         pipe.hkeys(self._key(user, "corrections"))
         ratings, corrected = await self._ask(pipe.execute())
         turns = await self._join_turns(user, list({*ratings, *corrected}))
         wrong = {turn_id.decode() for turn_id in corrected}
+        made = await self._made(user, {turn.version for turn in turns if turn.version})
         counts: dict[int, list[int]] = {}
         for turn in turns:
-            if turn.author == "model" and turn.version is not None:
+            if turn.author != "model" or turn.version is None:
+                continue
+            if turn.at >= made.get(turn.version, turn.at):
                 down = turn.id in wrong or turn.rating == "down"
                 counts.setdefault(turn.version, [0, 0])[down] += 1
         return {version: Votes(up, down) for version, (up, down) in counts.items()}
+
+    async def _made(self, user: str, versions: Collection[int]) -> dict[int, datetime]:
+        """When those of these versions were made that are known."""
+        if not versions:
+            return {}
+        numbers = list(versions)
+        bodies = await self._ask(self._redis.hmget(self._key(user, "versions"), [*map(str, numbers)]))
+        found = zip(numbers, bodies, strict=True)
+        return {version: _read_version(version, body).created_at for version, body in found if body}
 
     async def replies_by(self, user: str, version: int, *, since: datetime) -> int:
         """How many replies that version wrote from `since` on."""

@@ -146,6 +146,17 @@ async def test_votes_and_corrections_are_counted_by_the_version_that_wrote(store
     assert await store.replies_by("ann", 2, since=(await store.turn("ann", "r4")).at) == 2
 
 
+async def test_votes_on_what_another_installations_version_wrote_are_none_on_ours(store: Store):
+    """An export brought to a new installation tells which versions wrote it; numbers begin anew there."""
+    old = [replace(said(n, 1 + n % 2, rating="down"), at=NOW - timedelta(days=n)) for n in range(1, 9)]
+    await store.append("ann", old)
+    await with_two_versions(store)
+    await store.append("ann", [said(9, 2), said(10, 0, rating="up")])
+    await store.rate("ann", "r9", "up")
+    assert await store.votes("ann") == {0: Votes(1, 0), 2: Votes(1, 0)}
+    assert await settle(store, "ann", POLICY, datetime.now(UTC)) is None
+
+
 async def test_ratings_that_fall_end_the_trial_and_the_version_before_answers_all(store: Store):
     await with_two_versions(store)
     await store.append("ann", [said(n, 1 + n % 2) for n in range(8)])
