@@ -152,10 +152,10 @@ def serving_rows(
 
 def _shown(turns: Sequence[Turn]) -> list[Turn]:
     """The turns as they should have been and as serving shows them: without replies that were asked for
-    again, except one to learn from, as it was rated up."""
-    said = effective(turns)
-    served = {turn.id for turn in served_turns(said)}
-    return [turn for turn in said if turn.id in served or learned(turn)]
+    again, except one to learn from, as it was rated up. That is asked first, as serving does: a reply whose
+    successor was put right was asked for again all the same."""
+    served = {turn.id for turn in served_turns(turns)}
+    return effective([turn for turn in turns if turn.id in served or learned(turn)])
 
 
 def _among(ids: set[str]) -> Callable[[Turn], bool]:

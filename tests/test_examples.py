@@ -1,5 +1,6 @@
 """Turns → rows: split by time, windows of whole turns, the same rows for the same turns."""
 
+import dataclasses
 import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -199,6 +200,17 @@ def test_replies_that_were_asked_for_again_are_nowhere_as_serving_does_not_show_
     assert hold_out(history, 0.5).said == [turn(0), again[2], turn(4)]
     liked = [turn(0), turn(1, "assistant", version=1, rating="up"), *again[1:], turn(4)]
     assert taught(renderer, training_rows(liked, renderer, 512)) == words([turn(0), liked[1], turn(4)])
+
+
+def test_a_reply_is_nowhere_though_the_one_asked_for_in_its_place_was_put_right(renderer: Renderer) -> None:
+    first, again = (turn(place, "assistant", version=1) for place in (1, 2))
+    right = turn(9, "assistant", "right", author="person", corrects="t2", at=again.at)
+    history = [turn(0), first, dataclasses.replace(again, removed=True), right, turn(4)]
+    served = renderer.prompt([], served_turns(history), max_new_tokens=16)
+    (trained,) = training_rows(history, renderer, 512)
+    (judged,) = serving_rows(history[:4], history[4:], renderer)
+    assert judged.token_ids == trained.token_ids == served.token_ids[: len(judged.token_ids)]
+    assert hold_out(history, 0.5).said == [turn(0), right, turn(4)]
 
 
 def test_held_out_rows_are_cut_at_the_context_and_hold_only_what_was_asked_for(renderer: Renderer) -> None:
