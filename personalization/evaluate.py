@@ -24,7 +24,7 @@ from engine.weights import LoadedModel
 from personalization.examples import cut_by_time, serving_rows, training_rows, words
 from personalization.finish import Accepted, finish
 from personalization.gate import Case, Gate, Verdict, scaled
-from personalization.history import Turn, learned
+from personalization.history import Turn, effective, learned
 from personalization.neutral import neutral_rows
 from personalization.prompt import Example, Renderer
 from personalization.refresh import Lesson, RefreshPolicy, choose
@@ -230,12 +230,14 @@ def _subjects(
 
 
 def subject_of(user: str, turns: Sequence[Turn], bench: Bench) -> Subject | None:
-    """One person's rows; None if there is too little to learn from, to judge by or to test on. A turn that is
-    in the file twice, as in exports that overlap, counts once, as for the store."""
+    """One person's rows; None if there is too little to learn from, to judge by or to test on. As for the
+    store, a turn that is in the file twice, as in exports that overlap, counts once, and one that was put
+    right is learned no more, whatever else the file says of it."""
     once: dict[str, Turn] = {}
     for turn in turns:
         once.setdefault(turn.id, turn)
-    turns = list(once.values())
+    said = {turn.id for turn in effective(list(once.values()))}
+    turns = [turn if turn.id in said else replace(turn, removed=True) for turn in once.values()]
     parts = cut_by_time(turns)
     before = [*parts.history, *parts.gate]
     if sum(map(learned, before)) < bench.policy.minimum_turns:

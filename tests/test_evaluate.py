@@ -254,6 +254,15 @@ def test_exports_that_overlap_are_one_history(bench: Bench) -> None:
     assert whole == twice
 
 
+def test_a_reply_that_was_put_right_is_not_measured_though_it_was_rated_up(bench: Bench) -> None:
+    turns = talk("ann", 80)
+    wrong = dataclasses.replace(turns[71], id="wrong", author="model", rating="up", text="w1 w2 w3")
+    turns[71] = dataclasses.replace(turns[71], corrects="wrong")
+    subject = subject_of("ann", [*turns[:71], wrong, *turns[71:]], bench)
+    assert subject is not None
+    assert (subject.turns, subject.fresh) == (80, turns[64:])
+
+
 @pytest.mark.parametrize(
     ("values", "picked"),
     [([0.9, 2.0, 1.0], True), ([0.9, 0.5, 1.0], False), ([1.0, 1.0, 2.0], False), ([math.nan, 2.0], False)],
