@@ -120,7 +120,8 @@ def build(model: LoadedModel, adapters: Path, request: pytest.FixtureRequest) ->
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(random.Random(seed).randrange(VOCAB) for _ in range(length))
+    dice = random.Random(seed)
+    return tuple(dice.randrange(VOCAB) for _ in range(length))
 
 
 def ask(
