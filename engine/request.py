@@ -12,6 +12,8 @@ AdapterTier = Literal["device", "host", "disk", "none"]
 
 UNKNOWN = -1  # the token being drawn by a step that has been launched
 
+# Samplers hold top_p as float32. What that rounds to 0 would keep no token; this keeps the likeliest alone.
+_LEAST_TOP_P = 1e-37
 _INT32_MAX = 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
@@ -146,9 +148,8 @@ class Sequence:
         self.num_known = len(self.tokens)
         sampling = self.request.sampling
         self.most_tokens = self.num_prompt + sampling.max_tokens
-        self.drawn_by = (
-            sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.seed,
-        )  # fmt: skip
+        top_p = max(sampling.top_p, _LEAST_TOP_P)
+        self.drawn_by = (sampling.temperature, top_p, sampling.top_k, sampling.min_p, sampling.seed)
 
     @property
     def id(self) -> str:

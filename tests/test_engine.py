@@ -338,6 +338,14 @@ def test_the_models_own_end_token_ends_the_reply_unless_ignored(
     engine.close()
 
 
+def test_a_top_p_that_no_float32_holds_takes_the_likeliest_token(build: Build) -> None:
+    greedy = alone(build, replace(MIXED[5], sampling=GREEDY))
+    engine = build()
+    tiny = replace(MIXED[5], sampling=replace(SEEDED, top_p=1e-50))
+    assert answer(engine, tiny).tokens[tiny.id] == greedy
+    assert engine.stats().step["failed_batches"] == 0
+
+
 def test_cancel_frees_pages_and_unpins_the_adapter(build: Build) -> None:
     engine = build(prefix_cache=False)
     engine.submit(MIXED[6])
