@@ -54,6 +54,7 @@ from engine.weights import LoadedModel
 log = logging.getLogger(__name__)
 
 DEFAULT_BLOCK_SIZE = 16
+MAX_MESSAGE = 1000  # characters of an error that are told
 
 
 class RequestRefused(ValueError):
@@ -554,7 +555,7 @@ class Engine:
             usage=Usage(sequence.num_prompt, cached, sequence.num_output),
             timings=timings,
             error_code=None if error is None else error_code(error),
-            message=None if error is None else str(error) or type(error).__name__,
+            message=None if error is None else _message(error),
         )
 
     def _count(self, chunks: Many[Chunk]) -> None:
@@ -576,6 +577,14 @@ def error_code(error: Exception) -> str:
         return code
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
     return "out_of_memory" if is_memory else "engine_failure"
+
+
+def _message(error: Exception) -> str:
+    """What a client is told. It may quote a file from anyone: what UTF-8 cannot hold is escaped, and what is
+    long is cut, so that it can be sent.
+    """
+    text = str(error) or type(error).__name__
+    return text[:MAX_MESSAGE].encode(errors="backslashreplace").decode()
 
 
 def _make_arena(config: EngineConfig, model: LoadedModel) -> tuple[int, torch.Tensor]:

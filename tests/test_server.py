@@ -229,6 +229,18 @@ async def test_a_missing_adapter_ends_its_own_reply_only(world: World, start: St
         assert (await read(good))[0] == said(world, ask("good", adapter=ADA))
 
 
+async def test_what_an_adapters_file_says_is_told_as_it_can_be_sent(world: World, start: Start) -> None:
+    folder = version_folder(world.adapters, ADA.id, 3)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"\\ud800' + "x" * 9000 + '": 1}')  # half a character
+    async with await (await start()).connect() as client:
+        bad = await client.submit(ask("bad", adapter=AdapterRef(ADA.id, 3)))
+        message = (await read(bad))[1].message or ""
+        assert "adapter_config.json: \\ud800xxx" in message
+        assert len(message) < 2000
+        assert (await read(await client.submit(ask("good"))))[1].reason == "length"
+
+
 async def test_cancel_ends_the_stream(start: Start) -> None:
     async with await (await start()).connect() as client:
         stream = await client.submit(ask("a", sampling=replace(GREEDY, max_tokens=900)))
