@@ -85,13 +85,15 @@ class KvLanes:
     ) -> tuple[int, ...]:
         """Make the lanes hold all but the newest position of these sequences; the row of each lane.
 
-        A sequence may be left out: one so long that all others would be padded to its length.
+        A sequence may be left out: one so long that all others would be padded to its length, or that does
+        not fit the budget, also as it grows.
         """
-        if ids == self._asked and all(
-            self._follows(ids[row], blocks[row], context_lens[row]) for row in self._rows
+        is_full = self._ids and self.end == self._num_columns  # with more, it may be too much for the budget
+        if (
+            not is_full
+            and ids == self._asked
+            and all(self._follows(ids[row], blocks[row], context_lens[row]) for row in self._rows)
         ):
-            if self._ids and self.end == self._num_columns:
-                self._resize(max(held.length for held in self._held.values()))
             return self._rows
         lengths = [length - 1 for length in context_lens]
         chosen = self._choose(lengths)

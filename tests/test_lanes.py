@@ -152,6 +152,19 @@ def test_one_very_long_sequence_does_not_pad_the_others_to_its_length() -> None:
     assert len(rows) == 30
 
 
+def test_a_sequence_that_outgrows_the_budget_goes_on_without_a_lane() -> None:
+    slabs = torch.zeros(300, TINY.num_layers, 2, BLOCK, TINY.num_kv_heads, TINY.head_dim)
+    lanes = KvLanes(TINY, slabs, budget_bytes=400 * slabs[0, :, :, 0].numel() * 4)
+    blocks = [tuple(range(300))]
+    length = 300
+    while lanes.hold(("long",), blocks, [length]):
+        lanes.advance(blocks)
+        length += 1
+        assert length < 800
+    assert length > 400
+    assert lanes.hold(("long", "short"), [*blocks, (0, 1)], [length, 7]) == (1,)
+
+
 def make_resident(
     arena: torch.Tensor, name: str, weights: LoraWeights, slabs: tuple[int, ...]
 ) -> ResidentAdapter:
