@@ -516,7 +516,8 @@ class Store:
 
     async def response(self, user: str, response_id: str) -> ResponseRecord:
         """Raises UnknownResponse, for another person's too."""
-        record = await self._response(response_id)
+        # Keys with a colon behind a response's id are its parts.
+        record = None if ":" in response_id else await self._response(response_id)
         if record is None or record.user != user:
             raise UnknownResponse(response_id)
         return record

@@ -344,6 +344,15 @@ async def test_another_persons_response_is_not_found(service: TinyService) -> No
             await ben.responses.create(model="me", input="x", previous_response_id=response.id)
 
 
+@pytest.mark.parametrize("part", ["events", "lease"])
+async def test_a_part_of_a_response_is_no_response(service: TinyService, part: str) -> None:
+    async with service.gateway() as gateway:
+        ann = await gateway.client("ann").responses.create(model="me", input="hello")
+        for user in ("ann", "ben"):
+            with pytest.raises(openai.NotFoundError):
+                await gateway.client(user).responses.retrieve(f"{ann.id}:{part}")
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
