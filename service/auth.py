@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import jwt
 import msgspec
 
+from personalization.history import InvalidTurn, check_user
 from service.errors import Forbidden, NotAuthenticated
 from service.protocol import TICKET_PREFIX
 
 AUDIENCE = "attune"
 ALGORITHM = "HS256"
 TICKET_SECONDS = 60
-MAX_USER_LENGTH = 256
 
 
 class Person(msgspec.Struct, frozen=True):
@@ -138,10 +138,11 @@ def signed(key: bytes, user: str, now: float, seconds: float) -> tuple[str, int]
 
 
 def checked_user(user: Any) -> str:
-    """A user's name as a token may carry it: 1 to 256 printable characters. Raises NotAuthenticated."""
-    if not isinstance(user, str) or not 1 <= len(user) <= MAX_USER_LENGTH or not user.isprintable():
-        raise NotAuthenticated(f"expected a user of 1 to {MAX_USER_LENGTH} printable characters")
-    return user
+    """A user's name as a token may carry it: one that can have a history. Raises NotAuthenticated."""
+    try:
+        return check_user(user)
+    except InvalidTurn as error:
+        raise NotAuthenticated(str(error)) from None
 
 
 def _expiry(value: Any) -> float:

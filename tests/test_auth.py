@@ -63,6 +63,7 @@ async def test_a_token_runs_out(auth: Authenticator, clock: Clock) -> None:
         {"sub": None},
         {"sub": ""},
         {"sub": "a\nb"},
+        {"sub": "  "},
         {"sub": "x" * 257},
     ],
 )
