@@ -47,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...]
     save: bool  # append the reply to the person's history
     saved: bool  # the person's own turn is in their history
+    unsaved: str | None = None  # what they said, if the store was away for that; saved with the reply
     background: bool = False
     instructions: str | None = None
     previous_response_id: str | None = None

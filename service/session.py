@@ -139,7 +139,7 @@ class Session:
 
         save = asked.store is not False
         epoch = recalled.pointer.epoch if read else None
-        saved = turn is None or not save or await self._save(user, turn, epoch, begun=now)
+        saved = turn is None or not save or await self._save(user, [turn], epoch, begun=now)
         notices = [text for text, true in ((NOT_READ, not read), (NOT_SAVED, not saved)) if true]
         return Plan(
             id=f"resp_{name}",
@@ -164,6 +164,7 @@ class Session:
             stop_token_ids=self.renderer.eos_token_ids,
             save=save,
             saved=saved and save,
+            unsaved=None if turn is None or saved else turn.text,
             background=bool(getattr(asked, "background", False)),
             instructions=said.instructions,
             previous_response_id=getattr(asked, "previous_response_id", None),
@@ -213,15 +214,9 @@ class Session:
             log.exception("a reply could not be written", response_id=reply.id)
             finished = generation.stopped_here()
             ending = Ending.failed(getattr(error, "code", "server_error"), "the engine refused this reply")
-        if plan.save and ending.status != "failed" and writing.text.strip():
-            try:
-                turn = self._reply_turn(writing)
-                writing.history_saved = await self._save(plan.user, turn, plan.epoch, begun=plan.begun)
-            except InvalidTurn as error:  # longer than a turn may be
-                log.warning("a reply cannot be saved", response_id=reply.id, reason=str(error))
-                writing.history_saved = False
-            if not writing.history_saved and NOT_SAVED not in writing.notices:
-                writing.notices.append(NOT_SAVED)
+        if plan.save:
+            writing.history_saved = await self._save_said(writing, ending)
+            writing.note(NOT_SAVED, holds=not writing.history_saved)
         numbers = generation.numbers(finished)
         await replies.write(reply, writing.closing(ending, finished.usage, numbers, self.clock()))
         self._count(ending, finished, generation.first_token_s)
@@ -251,6 +246,20 @@ class Session:
                             await generation.cut()
             await pen.lift()
         return finished
+
+    async def _save_said(self, writing: Writing, ending: Ending) -> bool:
+        """Save the reply, and before it what it answers if the store was away for that. Whether the history
+        has all that was said."""
+        plan, whole = writing.plan, True
+        turns = [] if plan.unsaved is None else [_unsaved_turn(plan, plan.unsaved)]
+        if ending.status != "failed" and writing.text.strip():
+            try:
+                turns.append(self._reply_turn(writing))
+            except InvalidTurn as error:  # longer than a turn may be
+                log.warning("a reply cannot be saved", response_id=plan.id, reason=str(error))
+                whole = False
+        saved = not turns or await self._save(plan.user, turns, plan.epoch, begun=plan.begun)
+        return saved and whole
 
     def _may_be_tried(self, user: str, version: int) -> bool:
         """Whether the version that wrote a reply is on trial, as far as this process knows."""
@@ -417,20 +426,22 @@ class Session:
             raise BadRequest(message, param=param) from None
         return replace(sampling, max_tokens=min(sampling.max_tokens, most))
 
-    async def _save(self, user: str, turn: Turn, epoch: int | None, *, begun: datetime) -> bool:
-        """Append a turn; False when the store could not be reached for that. A short absence is waited out,
+    async def _save(self, user: str, turns: Sequence[Turn], epoch: int | None, *, begun: datetime) -> bool:
+        """Append turns; False when the store could not be reached for that. A short absence is waited out,
         and sending a turn again is harmless."""
         saved = False
         for _ in range(2):
             with suppress(StoreUnavailable):
-                await self.health.ask(lambda: self.store.append(user, [turn], epoch=epoch, begun=begun))
+                await self.health.ask(lambda: self.store.append(user, turns, epoch=epoch, begun=begun))
                 saved = True
                 break
         known = self._remembered.get(user)
         if known is not None:
-            self._remember(user, replace(known, turns=(*known.turns, turn)))
+            there = {turn.id for turn in known.turns}
+            new = [turn for turn in turns if turn.id not in there]
+            self._remember(user, replace(known, turns=(*known.turns, *new)))
         if not saved:
-            self.metrics.unsaved.inc()
+            self.metrics.unsaved.inc(len(turns))
         return saved
 
     def _reply_turn(self, writing: Writing) -> Turn:
@@ -461,6 +472,19 @@ class Session:
         metrics.adapter_load.labels(tier=timings.adapter_tier).observe(timings.adapter_load_s)
         if first_token_s is not None:
             metrics.first_token.observe(first_token_s)
+
+
+def _unsaved_turn(plan: Plan, text: str) -> Turn:
+    """What the person said, as it would have been saved at once."""
+    assert plan.user_turn_id is not None
+    return Turn(
+        id=plan.user_turn_id,
+        conversation=plan.conversation,
+        at=plan.begun,
+        role="user",
+        text=text,
+        author="person",
+    )
 
 
 def _with_message(

@@ -69,7 +69,7 @@ class Writing:
     def __init__(self, reply: Reply, decoder: Decoder) -> None:
         self.plan: Plan = reply.plan
         self.version = reply.plan.version
-        self.notices = [reply.plan.notice] if reply.plan.notice else []
+        self.notices = _notices(reply.plan.notice)
         self.tokens: list[int] = []
         self.text = reply.text  # as shown so far
         self.history_saved = reply.plan.saved
@@ -81,7 +81,7 @@ class Writing:
         response = reply.response
         if response is not None:
             self.version = int(response.metadata["adapter_version"])
-            self.notices = [notice for notice in response.metadata.get("notice", "").split("; ") if notice]
+            self.notices = _notices(response.metadata.get("notice"))
         logged = reply.tokens
         if logged:
             self.tokens.extend(logged)
@@ -124,6 +124,11 @@ class Writing:
         self.version = version
         self.notices.append(notice)
         return [InProgress(response=self.picture("in_progress"))]
+
+    def note(self, notice: str, *, holds: bool) -> None:
+        """Whether the client is to be told this at the end."""
+        others = [each for each in self.notices if each != notice]
+        self.notices = [*others, notice] if holds else others
 
     def finish(self) -> None:
         """No more tokens: what was held back, half a character or a possible stop string, is text after
@@ -229,6 +234,10 @@ def _usage(usage: Usage) -> ReplyUsage:
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         input_tokens_details=InputDetails(cached_tokens=usage.cached_tokens),
     )
+
+
+def _notices(told: str | None) -> list[str]:
+    return told.split("; ") if told else []
 
 
 def _flag(value: bool) -> str:

@@ -23,7 +23,7 @@ from personalization.history import Turn
 from personalization.store import Store, StoreUnavailable, connect
 from personalization.when import When
 from service.metrics import Metrics
-from service.session import NOT_SAVED, SessionOptions
+from service.session import NOT_READ, NOT_SAVED, SessionOptions
 from service.store_health import CALLS_AT_ONCE, StoreHealth
 from tests.redis_fixture import SECRET, RedisServer
 from tests.tiny_service import FAST, TOKEN_KEY, Running, TinyService, engine_held
@@ -345,7 +345,7 @@ async def test_a_chat_goes_on_without_redis_and_says_that_nothing_is_saved(
         during = await client.responses.create(model="me", input="two", conversation="c")
         assert during.metadata is not None
         assert during.metadata["history_saved"] == "false"
-        assert NOT_SAVED in during.metadata["notice"]
+        assert during.metadata["notice"] == f"{NOT_READ}; {NOT_SAVED}"
         assert during.usage is not None
         assert during.usage.input_tokens > before.usage.input_tokens  # it still knew what was said
         assert len(during.output_text) == 24
@@ -362,6 +362,32 @@ async def test_a_chat_goes_on_without_redis_and_says_that_nothing_is_saved(
         assert (await client._client.get(f"{gateway.url}/ready")).status_code == 200
         saved = [turn.text for turn in await own_store.turns("ann") if turn.role == "user"]
         assert saved == ["one", "three"]
+    await own_store.close()
+
+
+async def test_what_redis_was_away_for_is_saved_with_the_reply_once_it_is_back(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    with engine_held() as let_go:
+        async with service.gateway(store=own_store, store_patience_s=0.2) as gateway:
+            client, replies = gateway.client("ann"), gateway.gateway.replies._replies
+            await client.responses.create(model="me", input="one", max_output_tokens=1)
+            redis_server.kill()
+            stream = await client.responses.create(
+                model="me", input="two", stream=True, max_output_tokens=LONG
+            )
+            await until(lambda: len(replies) == 2)
+            redis_server.start()
+            assert await gateway.gateway.health.back(60)
+            let_go()
+            events: list[Any] = [event async for event in stream]
+            first, last = events[0].response, events[-1].response
+            assert (first.metadata["history_saved"], last.metadata["history_saved"]) == ("false", "true")
+            assert first.metadata["notice"] == f"{NOT_READ}; {NOT_SAVED}"
+            assert last.metadata["notice"] == NOT_READ
+            turns = await own_store.turns("ann")
+            assert [turn.text for turn in turns if turn.role == "user"] == ["one", "two"]
+            assert [turn.id for turn in turns[2:]] == [last.metadata["user_turn_id"], last.output[0].id]
     await own_store.close()
 
 
