@@ -150,6 +150,13 @@ class Replies:
                 await self._ended(reply)
             self._drop(reply)
 
+    def forget(self, user: str) -> None:
+        """Let go of a person's replies that have ended. Others find out with their next word, or are of one
+        who is back already."""
+        for reply in [reply for reply in self._replies.values() if reply.plan.user == user]:
+            if reply.done and not reply.running:
+                self._drop(reply)
+
     async def _ended(self, reply: Reply) -> None:
         """Wait for the end of a reply's task, which still saves and asks for things after the last event."""
         task = self._tasks.get(reply.id)
@@ -265,7 +272,7 @@ class Replies:
         except LeaseLost:
             log.warning("another gateway took over a reply", response_id=reply.id)
         except (UnknownResponse, HistoryForgotten):
-            reply.lose(_gone(reply.id))  # its person was forgotten meanwhile
+            self._give_up(reply)  # its person was forgotten meanwhile
         finally:
             renewal.cancel()
             await asyncio.gather(renewal, return_exceptions=True)
@@ -275,7 +282,7 @@ class Replies:
     async def _finish(self, reply: Reply) -> None:
         """Tell the store that it is over. Should that fail, the next reader sees it by the last event, or
         writes what is missing."""
-        with contextlib.suppress(StoreUnavailable, UnknownResponse):
+        with contextlib.suppress(StoreUnavailable):
             await self._keep(reply)
             await self._tell_end(reply, ttl_s=self.patience.ttl)
 
@@ -330,12 +337,12 @@ class Replies:
             await self.health.back(self.patience.orphan)
             return
         except (UnknownResponse, EventsExpired):
-            reply.lose(_gone(reply.id))
+            self._give_up(reply)
             return
         reply.stored = len(reply.entries) + len(read)
         reply.feed([read_entry(data) for _, data in read])
         if not read and not await self._still_running(reply):
-            reply.lose(_gone(reply.id))
+            self._give_up(reply)
 
     async def _still_running(self, reply: Reply) -> bool:
         """Whether anyone will ever add to the log of a reply that is not ours."""
@@ -400,6 +407,11 @@ class Replies:
         read = reply.acknowledged >= len(reply.entries) - 1
         if reply.done and read and not reply.running and reply.listeners == 0:
             self._drop(reply)
+
+    def _give_up(self, reply: Reply) -> None:
+        """Its log is gone, and what memory has of it goes as well."""
+        reply.lose(_gone(reply.id))
+        self._drop(reply)
 
     def _drop(self, reply: Reply) -> None:
         if self._replies.get(reply.id) is reply:

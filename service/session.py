@@ -331,6 +331,7 @@ class Session:
             self._remembered.popitem(last=False)
 
     def forget(self, user: str) -> None:
+        self.replies.forget(user)
         self._remembered.pop(user, None)
         self._replaced.pop(user, None)
 

@@ -465,6 +465,20 @@ async def test_a_forget_that_a_gateway_did_not_hear_of_leaves_nothing_in_its_mem
     await own_store.close()
 
 
+async def test_a_forget_elsewhere_leaves_no_reply_in_a_gateways_memory(service: TinyService) -> None:
+    with engine_held() as let_go:
+        async with service.gateway() as gateway:
+            client, replies = gateway.client("ann"), gateway.gateway.replies._replies
+            ended = await client.responses.create(model="me", input="hello", max_output_tokens=1)
+            await client.responses.create(model="me", input="hello", background=True, max_output_tokens=LONG)
+            await service.store.forget("ann")
+            await until(lambda: ended.id not in replies, seconds=FAST.keep / 2)
+            with pytest.raises(openai.NotFoundError):
+                await client.responses.retrieve(ended.id)
+            let_go()
+            await until(lambda: not replies, seconds=FAST.keep / 2)
+
+
 async def test_a_reply_begun_without_redis_is_not_saved_for_someone_who_was_forgotten_meanwhile(
     service: TinyService, own_store: Store, redis_server: RedisServer
 ) -> None:
