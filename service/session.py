@@ -79,6 +79,7 @@ class Session:
     new_seed: Callable[[], int]
     _remembered: OrderedDict[str, Remembered] = field(default_factory=OrderedDict)
     _replaced: dict[str, int] = field(default_factory=dict)  # versions that could not be loaded, by user
+    _forgets: int = 0  # so far, of anyone
 
     # ------------------------------------------------------------ answer
 
@@ -317,11 +318,14 @@ class Session:
 
     async def _recall(self, user: str) -> tuple[Remembered, bool]:
         """The person's pointer and newest turns; while the store is away what was last read, and False."""
+        forgets = self._forgets
         with suppress(StoreUnavailable):
             pointer = await self.health.ask(lambda: self.store.pointer(user))
             turns = await self.health.ask(lambda: self.store.recent(user, self._turns_that_may_fit))
-            self._remember(user, Remembered(pointer, tuple(turns)))
-            return self._remembered[user], True
+            read = Remembered(pointer, tuple(turns))
+            if forgets == self._forgets:  # else it may be what was forgotten that was read
+                self._remember(user, read)
+            return read, True
         return self._remembered.get(user, Remembered(Pointer(0, None, 0), ())), False
 
     def _remember(self, user: str, what: Remembered) -> None:
@@ -334,6 +338,7 @@ class Session:
         self.replies.forget(user)
         self._remembered.pop(user, None)
         self._replaced.pop(user, None)
+        self._forgets += 1
 
     async def forget_the_forgotten(self) -> None:
         """Nobody may have said here that someone was forgotten: ask of everyone known. Raises
