@@ -173,9 +173,12 @@ class Replies:
         and saved even if they never come back for it. Returns how many. Raises StoreUnavailable."""
         adopted = 0
         for reply_id in await self.health.ask(self.store.orphans):
-            if reply_id in self._replies:
-                continue
+            mine = self._replies.get(reply_id)
             try:
+                if mine is not None:
+                    if mine.done and not mine.running:  # the store was away as it ended
+                        await self._finish(mine)
+                    continue
                 record = await self.store.adopt_response(
                     reply_id, holder=self.holder, lease_s=self.patience.lease
                 )
@@ -185,7 +188,7 @@ class Replies:
                     if reply.done:  # its gateway died before it could say so
                         await self._finish(reply)
                     adopted += 1
-            except (UnknownResponse, EventsExpired):  # it ended meanwhile
+            except (UnknownResponse, EventsExpired, LeaseLost):  # it ended meanwhile, or is another's
                 continue
             except (msgspec.MsgspecError, UnicodeDecodeError):  # such as another release wrote; others wait
                 log.exception("an orphaned reply cannot be read", response_id=reply_id)

@@ -531,6 +531,32 @@ async def test_a_reply_whose_last_words_redis_missed_is_kept_whole_once_it_is_ba
     await own_store.close()
 
 
+async def test_a_reply_that_was_stopped_without_redis_is_not_written_further_once_it_is_back(
+    service: TinyService, own_store: Store, redis_server: RedisServer
+) -> None:
+    patience = replace(FAST, lease=0.2, keep=3.0)
+    with engine_held() as let_go:
+        async with service.gateway(store=own_store, store_patience_s=0.1, patience=patience) as gateway:
+            client, replies = gateway.client("ann"), gateway.gateway.replies
+            begun = await client.responses.create(
+                model="me", input="hello", background=True, max_output_tokens=LONG
+            )
+            reply = replies._replies[begun.id]
+            await until(lambda: reply.text)
+            redis_server.kill()
+            reply.cancel("cancelled")
+            let_go()
+            await until(lambda: reply.done and not reply.running)
+            redis_server.start()
+            assert await gateway.gateway.health.back(60)
+            await until(lambda: begun.id not in replies._replies)
+            await asyncio.sleep(3 * patience.lease)
+            kept = await client.responses.retrieve(begun.id)
+            assert (kept.status, kept.output_text) == ("cancelled", reply.text)
+            assert [turn.text for turn in await own_store.turns("ann")] == ["hello"]
+    await own_store.close()
+
+
 async def test_a_message_sent_twice_at_once_without_redis_gets_one_reply(
     service: TinyService, own_store: Store, redis_server: RedisServer
 ) -> None:
