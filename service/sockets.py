@@ -169,17 +169,17 @@ class Socket:
         await self._prefetch()
 
     async def _end(self, done: set[asyncio.Task[None]]) -> None:
-        """Close as the task that ended first says. What a client said before it left is still acted on."""
+        """Close as the task that ended first says. What a client said before that is still acted on."""
         error = next((task.exception() for task in done if task.exception() is not None), None)
-        if isinstance(error, WebSocketDisconnect):
-            await self._inbox.join()
-        if error is None or isinstance(error, WebSocketDisconnect):
-            return
         if isinstance(error, _Close):
-            code, reason = error.code, error.reason
-        else:
+            await self._close(error.code, error.reason)
+        elif error is not None and not isinstance(error, WebSocketDisconnect):
             log.error("socket failed", exc_info=error)
-            code, reason = 1011, "internal error"
+            await self._close(1011, "internal error")
+            return
+        await self._inbox.join()
+
+    async def _close(self, code: int, reason: str) -> None:
         self.services.metrics.sockets_closed.labels(code=str(code)).inc()
         await close(self.websocket, code, reason)
 

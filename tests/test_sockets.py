@@ -335,6 +335,31 @@ async def test_what_was_said_right_before_the_socket_closed_is_answered(service:
         assert [turn.role for turn in turns].count("assistant") == 2
 
 
+async def test_a_message_is_answered_though_the_socket_is_closed_as_it_is_looked_at(
+    service: TinyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, saved = service.store.append, asyncio.Event()
+
+    async def slow(*about: Any, **more: Any) -> int:
+        added = await append(*about, **more)
+        saved.set()
+        await asyncio.sleep(0.2)
+        return added
+
+    async with service.gateway() as gateway, socket(gateway) as connection:
+        monkeypatch.setattr(service.store, "append", slow)
+        await send(connection, type="response.create", input="one")
+        await asyncio.wait_for(saved.wait(), LONG_S)
+        await connection.send("no message")
+        with pytest.raises(websockets.ConnectionClosed) as caught:
+            await until(connection, *ENDS)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 4400
+        async with asyncio.timeout(LONG_S):
+            while len(await service.store.turns("ann")) < 2:  # noqa: ASYNC110  (of Redis)
+                await asyncio.sleep(0.1)
+
+
 async def test_a_finished_reply_is_replayed_from_any_number(service: TinyService) -> None:
     async with service.gateway() as gateway, socket(gateway) as connection:
         await send(connection, type="response.create", input="x")
