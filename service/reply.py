@@ -60,7 +60,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return datetime.fromtimestamp(self.created_at, UTC)
 
 
-CARRIED_BY = ("type", "event_id", "stream_id")  # fields of a message that say nothing of what is asked
+# Fields of a message that say nothing of what is asked.
+CARRIED_BY = ("type", "event_id", "stream_id", "stream", "stream_options")
 
 
 def fingerprint(asked: msgspec.Struct) -> str:

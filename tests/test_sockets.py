@@ -400,6 +400,10 @@ async def test_a_message_sent_again_may_be_sent_another_way(service: TinyService
             model="me", input="x", extra_headers={"idempotency-key": "once"}
         )
         assert again.id == reply
+        stream = await gateway.client("ann").responses.create(
+            model="me", input="x", extra_headers={"idempotency-key": "once"}, stream=True
+        )
+        assert {event.to_dict()["response_id"] async for event in stream} == {reply}
         assert len(await service.store.turns("ann")) == 2
 
 
