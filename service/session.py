@@ -414,7 +414,9 @@ class Session:
         if isinstance(asked, CreateResponse):
             wanted, field_name = asked.max_output_tokens, "max_output_tokens"
         else:
-            wanted, field_name = asked.max_completion_tokens or asked.max_tokens, "max_completion_tokens"
+            wanted, field_name = asked.max_completion_tokens, "max_completion_tokens"
+            if wanted is None:
+                wanted, field_name = asked.max_tokens, "max_tokens"
         most = self.renderer.context_length // 2
         options = self.options
         try:

@@ -392,6 +392,16 @@ async def test_a_chat_completion_in_another_format_than_text_is_refused(service:
         await chat.create(**said, response_format={"type": "text"})
 
 
+@pytest.mark.parametrize("field", ["max_completion_tokens", "max_tokens"])
+async def test_a_chat_completion_of_no_tokens_is_refused(service: TinyService, field: str) -> None:
+    async with service.gateway() as gateway:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await gateway.client("ann").chat.completions.create(
+                model="me", messages=[{"role": "user", "content": "x"}], extra_body={field: 0}
+            )
+        assert caught.value.param == field
+
+
 async def test_a_message_longer_than_the_context_is_refused_before_anything_is_saved(
     service: TinyService,
 ) -> None:
