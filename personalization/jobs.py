@@ -136,6 +136,8 @@ async def request_refresh(
         earlier = None if queued else await queue.job(key)
     if queued:
         await tell(store, job, {"state": "queued", "progress": 0.0})
+        if (await store.pointer(user)).epoch != epoch:  # forgotten meanwhile, perhaps before it was there
+            await cancel_jobs(queue, store, user)
         return Requested(job_id, "queued")
     newest = await store.progress(user) or {}
     if earlier is None or earlier.kwargs is None:  # it ended this very moment

@@ -434,6 +434,21 @@ async def test_who_breaks_the_training_process_fails_alone(
     assert [letter["adapter"] for letter in await dead_letters(queue)] == [store.adapter_id("ann")]
 
 
+async def test_a_job_that_comes_behind_the_forget_of_its_person_does_not_stay(
+    queue: RefreshQueue, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    enqueue = queue.enqueue
+
+    async def late(job: Job) -> Job | None:
+        await store.forget("ann")
+        await cancel_jobs(queue, store, "ann")
+        return await enqueue(job)
+
+    monkeypatch.setattr(queue, "enqueue", late)
+    await request_refresh(queue, store, "ann", "turns")
+    assert await queue.job(job_key(store, "ann")) is None
+
+
 async def test_a_job_that_fails_after_its_person_was_forgotten_leaves_no_letter(
     queue: RefreshQueue, store: Store
 ):
