@@ -26,6 +26,7 @@ from playwright.sync_api import (
     Request,
     Route,
     WebSocket,
+    WebSocketRoute,
     expect,
     sync_playwright,
 )
@@ -284,6 +285,45 @@ def test_an_attempt_to_connect_that_fails_late_does_not_unsettle_the_one_that_su
     say(page, "Are you still there?")
     reply_ended(page)
     assert len(sockets) == 1  # not one for which the page waited until the first had been silent for long
+
+
+def lose_the_first(page: Page, kind: str) -> list[str]:
+    """The first message of this kind gets lost with the connection that it is sent on; what was sent before
+    is in the list then."""
+    lost: list[str] = []
+
+    def open_socket(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+
+        def carry(message: str | bytes) -> None:
+            if lost or json.loads(message)["type"] != kind:
+                server.send(message)
+            else:
+                lost.append(str(message))
+                server.close()
+                socket.close(code=1001)
+
+        socket.on_message(carry)
+
+    page.route_web_socket("**/v1/responses", open_socket)
+    page.reload()
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    return lost
+
+
+def test_a_stop_that_is_lost_with_the_connection_is_sent_again(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("breaker")
+    lost = lose_the_first(page, "response.cancel")
+    with engine_paused(service):
+        say(page, "Tell me a long story.")
+        reply_named(page)
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(2000)  # nothing tells that it has come through
+        expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    expect(page.locator(".reply .note")).to_have_text("Stopped.", timeout=REPLY_MS)
+    assert lost
 
 
 def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service: RunningService) -> None:

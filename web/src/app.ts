@@ -453,6 +453,8 @@ export class App {
           event_id: `resume_${create.event_id}`,
           stream_id: create.stream_id,
         });
+        // What was sent before may have been lost with the connection.
+        if (reply.stopAsked) this.cancel(reply.responseId);
       }
       this.touch(running.item);
     }
