@@ -326,6 +326,16 @@ def test_a_stop_that_is_lost_with_the_connection_is_sent_again(
     assert lost
 
 
+def test_a_rating_that_is_lost_with_the_connection_is_sent_again(open_page: Open) -> None:
+    page = open_page("rater")
+    lost = lose_the_first(page, "feedback.create")
+    say(page, "How are you?")
+    reply_ended(page)
+    page.get_by_role("button", name="Good reply: learn from it").click()
+    expect(page.locator(".count")).to_have_text("2")
+    assert lost
+
+
 def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service: RunningService) -> None:
     page = open_page("survivor")
     with engine_paused(service):

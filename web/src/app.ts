@@ -458,6 +458,7 @@ export class App {
       }
       this.touch(running.item);
     }
+    this.learning.sendAgain();
     void this.loadMe();
     void this.loadConversations();
   }

@@ -7,11 +7,12 @@ import { messageOf, type Api, type ImportResult } from "./api";
 import type { App } from "./app";
 import { newId } from "./dom";
 import { versionName } from "./format";
-import type { Me, Rating, ServerEvent } from "./protocol";
+import type { ClientEvent, Me, Rating, ServerEvent } from "./protocol";
 import { ended, type RefreshStage, type ReplyItem, type State } from "./state";
 
 /** What was said of a reply and is shown already, and how to take it back should the service refuse it. */
 interface Given {
+  event: ClientEvent;
   item: ReplyItem;
   takeBack: () => void;
 }
@@ -73,9 +74,15 @@ export class Learning {
   ): void {
     if (!item.id) return;
     const id = newId("fb_");
-    this.feedback.set(id, { item, takeBack });
-    this.app.transmit({ type: "feedback.create", event_id: id, item_id: item.id, ...what });
+    const event: ClientEvent = { type: "feedback.create", event_id: id, item_id: item.id, ...what };
+    this.feedback.set(id, { event, item, takeBack });
+    if (this.state.link === "live") this.app.transmit(event);
     this.app.touch(item);
+  }
+
+  /** The connection is back: what it had not confirmed, or what was said meanwhile, is said on the new one. */
+  sendAgain(): void {
+    for (const { event } of this.feedback.values()) this.app.transmit(event);
   }
 
   /** `feedback.created`: a correction is a turn of its own from here on. */
