@@ -420,6 +420,24 @@ def test_switching_person_changes_history_and_colour_and_leaves_nothing_behind(o
     expect(page.get_by_text("A secret of the first person")).to_have_count(0)
 
 
+def test_a_pasted_token_is_its_persons_and_nobody_elses(open_page: Open, service: RunningService) -> None:
+    page = open_page("visitor")
+    page.evaluate(f"sessionStorage['attune.token'] = {json.dumps(json.dumps(service.token('holder')))}")
+    page.reload()
+    expect(page.locator(".person-name")).to_have_text("holder")
+    page.get_by_role("button", name="Switch person").click()
+    page.get_by_label("Be someone else: any name").fill("another")
+    page.keyboard.press("Enter")
+    expect(page.locator(".person-name")).to_have_text("another")
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    say(page, "Whose is this?")
+    reply_ended(page)
+    page.reload()
+    expect(page.locator(".person-name")).to_have_text("another")
+    assert service.attune("export", "holder") == ""
+    assert "Whose is this?" in service.attune("export", "another")
+
+
 def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
     page = open_page("typist")
     field = page.get_by_label("Message", exact=True)

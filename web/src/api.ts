@@ -145,6 +145,18 @@ export async function demoToken(user: string): Promise<string> {
   return ((await answer.json()) as { token: string }).token;
 }
 
+/** The name a token carries, for the page alone: the service trusts the signature, not us. */
+export function nameIn(token: string): string | null {
+  try {
+    const part = token.split(".")[1] ?? "";
+    const bytes = Uint8Array.from(atob(part.replace(/-/g, "+").replace(/_/g, "/")), (char) => char.charCodeAt(0));
+    const claims = JSON.parse(new TextDecoder().decode(bytes)) as { sub?: unknown };
+    return typeof claims.sub === "string" ? claims.sub : null;
+  } catch {
+    return null;
+  }
+}
+
 async function reach(path: string, init: RequestInit): Promise<Response> {
   try {
     return await fetch(path, { ...init, cache: "no-store", credentials: "omit" });

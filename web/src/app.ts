@@ -3,7 +3,7 @@
  * A reply belongs to its thread, not to what is on the screen: it goes on while another conversation is open.
  */
 
-import { Api, ApiError, demoToken, messageOf } from "./api";
+import { Api, ApiError, demoToken, messageOf, nameIn } from "./api";
 import { hueOf } from "./format";
 import { newId, remember, remembered } from "./dom";
 import { Learning } from "./learning";
@@ -12,6 +12,7 @@ import { Reply } from "./reply";
 import { Signals } from "./signals";
 import {
   emptyThread,
+  GUEST,
   itemsOf,
   type CompareItem,
   type Item,
@@ -93,6 +94,8 @@ export class App {
     this.running.clear();
     this.learning.reset();
     this.touched.clear();
+    // A token that was pasted is good for the person it names alone.
+    if ((nameIn(pastedToken() ?? "") ?? user) !== user) remember("attune.token", null, () => sessionStorage);
     const api = new Api(user, (name) => this.authenticate(name));
     this.api = api;
     Object.assign(this.state, {
@@ -129,9 +132,7 @@ export class App {
 
   /** A demo session where the service gives them, else a token that was pasted into the page. */
   private async authenticate(user: string): Promise<string> {
-    const pasted = remembered<string | null>("attune.token", null, () => sessionStorage);
-    if (pasted) return pasted;
-    return demoToken(user);
+    return pastedToken() ?? demoToken(user);
   }
 
   async loadMe(): Promise<void> {
@@ -571,6 +572,15 @@ export class App {
     clearTimeout(this.later);
     this.later = window.setTimeout(() => void Promise.all([this.loadMe(), this.loadConversations(), this.learning.load()]), 350);
   }
+}
+
+function pastedToken(): string | null {
+  return remembered<string | null>("attune.token", null, () => sessionStorage);
+}
+
+/** Whose page this is: a token pasted into this tab knows, else whoever it was last in this browser. */
+export function lastHere(): string {
+  return nameIn(pastedToken() ?? "") ?? remembered("attune.user", GUEST);
 }
 
 /** Seeds that survive JSON and every backend: 31 bits. */

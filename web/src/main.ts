@@ -5,9 +5,8 @@ import "./styles/base.css";
 import "./styles/frame.css";
 import "./styles/thread.css";
 import "./styles/panel.css";
-import { App } from "./app";
-import { h, installIcons, remembered, setAttr } from "./dom";
-import { GUEST } from "./state";
+import { App, lastHere } from "./app";
+import { h, installIcons, setAttr } from "./dom";
 import { composer } from "./views/composer";
 import { signIn } from "./views/dialogs";
 import { panel } from "./views/panel";
@@ -73,7 +72,7 @@ addEventListener("popstate", () => {
   else app.newChat();
 });
 
-void app.enter(remembered("attune.user", GUEST), asked());
+void app.enter(lastHere(), asked());
 if (matchMedia("(hover: hover)").matches) write.focus();
 
 function asked(): string | null {

@@ -1,5 +1,6 @@
 /** What needs an answer first: forgetting, and showing who one is where the service does not hand out names. */
 
+import { nameIn } from "../api";
 import type { App } from "../app";
 import { button, h, icon, remember } from "../dom";
 
@@ -64,16 +65,4 @@ export function signIn(app: App): HTMLElement {
   app.signals.on("link", update);
   update();
   return element;
-}
-
-/** The name a token carries, only to show it: the service trusts the signature, not us. */
-function nameIn(token: string): string | null {
-  try {
-    const part = token.split(".")[1] ?? "";
-    const bytes = Uint8Array.from(atob(part.replace(/-/g, "+").replace(/_/g, "/")), (char) => char.charCodeAt(0));
-    const claims = JSON.parse(new TextDecoder().decode(bytes)) as { sub?: unknown };
-    return typeof claims.sub === "string" ? claims.sub : null;
-  } catch {
-    return null;
-  }
 }
