@@ -125,8 +125,12 @@ class Socket:
         try:
             await self._greet()
             tasks += self._start(self._act, self._grow_old)
+            acting = tasks[-2]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             await self._end(done)
+            if acting not in done:  # what a client said before the end is still acted on
+                tasks += self._start(self._inbox.join)
+                await asyncio.wait([acting, tasks[-1]], return_when=asyncio.FIRST_COMPLETED)
         finally:
             services.sockets.remove(self)
             services.metrics.sockets.dec()
@@ -169,17 +173,15 @@ class Socket:
         await self._prefetch()
 
     async def _end(self, done: set[asyncio.Task[None]]) -> None:
-        """Close as the task that ended first says. What a client said before that is still acted on."""
+        """Close as the task that ended first says."""
         error = next((task.exception() for task in done if task.exception() is not None), None)
-        if isinstance(error, _Close):
-            await self._close(error.code, error.reason)
-        elif error is not None and not isinstance(error, WebSocketDisconnect):
-            log.error("socket failed", exc_info=error)
-            await self._close(1011, "internal error")
+        if error is None or isinstance(error, WebSocketDisconnect):
             return
-        await self._inbox.join()
-
-    async def _close(self, code: int, reason: str) -> None:
+        if isinstance(error, _Close):
+            code, reason = error.code, error.reason
+        else:
+            log.error("socket failed", exc_info=error)
+            code, reason = 1011, "internal error"
         self.services.metrics.sockets_closed.labels(code=str(code)).inc()
         await close(self.websocket, code, reason)
 
