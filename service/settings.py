@@ -192,7 +192,8 @@ class Settings(BaseModel):
 
     @property
     def demo_sessions(self) -> bool:
-        """Whether the page may hand out tokens by name: on one machine yes, on a network only when asked."""
+        """Whether the page may hand out tokens by name, to those on this machine: where all are yes, on a
+        network only when asked."""
         return self.demo_users == "on" or (self.demo_users == "auto" and self.host in LOOPBACK)
 
     @property
