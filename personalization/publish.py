@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 
 from engine.adapter_files import (
@@ -33,6 +34,8 @@ from engine.adapter_files import (
 from engine.model import ModelConfig
 from personalization.store import HistoryForgotten, Pointer, Store, VersionRecord
 from personalization.trial import ended
+
+log = structlog.get_logger()
 
 _ASIDE = ".aside-"
 FREE_BYTES_FLOOR = 256 << 20
@@ -217,14 +220,19 @@ async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
 async def recorded_versions(shelf: Shelf, store: Store, user: str, pointer: Pointer) -> list[VersionRecord]:
     """The person's versions, oldest first. One that answers, if only on trial, gets its record back from
     attune.json if a crash, or a store that went away, came between the two: without it nobody could tell
-    what it has learned."""
+    what it has learned. A file that cannot be read is logged, and its version goes on without a record."""
     found = await store.versions(user)
     for version in pointer.answering - {record.version for record in found} - {0}:
         meta_file = version_folder(shelf.root, store.adapter_id(user), version) / META_FILE
-        if meta_file.is_file():
-            meta = json.loads(meta_file.read_text(encoding="utf-8"))
-            await store.add_version(user, _record(version, meta), epoch=pointer.epoch)
-            found = await store.versions(user)
+        if not meta_file.is_file():
+            continue
+        try:
+            record = _record(version, json.loads(meta_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, LookupError, TypeError):
+            log.exception("versions.unreadable", file=str(meta_file))
+            continue
+        await store.add_version(user, record, epoch=pointer.epoch)
+        found = await store.versions(user)
     return found
 
 

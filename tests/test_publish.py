@@ -305,6 +305,17 @@ async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shel
     assert folder.is_dir()
 
 
+@pytest.mark.parametrize("damage", ["[]", "{}", '{"parent": 0', '{"parent": 0, "created_at": 5}'])
+async def test_a_serving_version_whose_file_is_damaged_goes_on_without_a_record(shelf, store, damage):
+    folder = shelf.root / await known(store) / "1"
+    room.place(folder, weights(), room._meta(1, ORIGIN), CONFIG)
+    (folder / "attune.json").write_text(damage)
+    assert await store.compare_and_set("ann", 0, 1)
+    assert await room.tidy(shelf, store, now=time.time() + 7200) == 0
+    assert folder.is_dir()
+    assert await store.versions("ann") == []
+
+
 async def test_a_version_whose_file_does_not_say_so_was_not_trained_anew(shelf, store):
     adapter_id = await known(store)
     meta = room._meta(1, dataclasses.replace(ORIGIN, parent=4))
