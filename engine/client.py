@@ -125,8 +125,9 @@ class EngineClient:
         """Send the request. A request the engine refuses has a stream of one FinishedEvent with its error."""
         writer = await self._connected()
         stream = Stream(self, self._number(), request)
+        message = wire.encode(wire.Submit(stream._number, request))
         self._streams[stream._number] = stream
-        writer.write(wire.encode(wire.Submit(stream._number, request)))
+        writer.write(message)
         try:
             with suppress(ConnectionError):  # the reading side sees the loss too, and tells every stream
                 await writer.drain()
