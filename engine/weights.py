@@ -315,8 +315,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensor_files(folder: Path) -> dict[str, tuple[Path, TensorSpec]]:
-    """Each tensor's file and header entry, from the index and its shards or from the single file."""
+    """Each tensor's file and header entry, from the single file or from the index and its shards.
+
+    The file counts where both are: transformers leaves an old index behind when it saves to a folder again.
+    """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return {name: (single, spec) for name, spec in read_header(single).items()}
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -333,8 +338,6 @@ def _tensor_files(folder: Path) -> dict[str, tuple[Path, TensorSpec]]:
                 raise MissingTensor(f"{name} in {shard}")
             files[name] = (path, shards[shard][name])
         return files
-    if single.is_file():
-        return {name: (single, spec) for name, spec in read_header(single).items()}
     for pattern in ("*.bin", "*.pt", "*.pth"):
         for path in sorted(folder.glob(pattern)):
             raise NotSafetensors(path, "a Python pickle")

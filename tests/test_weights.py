@@ -53,6 +53,14 @@ def test_shards_and_a_single_file_load_the_same_model(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_a_single_file_counts_where_an_older_save_left_its_index(tmp_path: Path) -> None:
+    save_random(tmp_path, FAMILIES["qwen3"](), seed=4, max_shard_size="40KB")
+    save_random(tmp_path, FAMILIES["qwen3"]())
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    save_random(tmp_path / "alone", FAMILIES["qwen3"]())
+    assert load_model(tmp_path).base_hash == load_model(tmp_path / "alone").base_hash
+
+
 def test_tensors_read_in_many_parts_load_the_same_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
