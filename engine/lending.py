@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
 from engine.model import Decoder, ModelConfig
-from engine.weights import LoadedModel, read_config
+from engine.weights import LoadedModel, loaded_config
 
 _PAGE = mmap.PAGESIZE
 _HEAD = struct.Struct("<QQB")  # pid, bytes of the list, state
@@ -157,7 +157,7 @@ class Borrowed:
 
     def model(self, folder: Path) -> LoadedModel:
         """The lent weights as the model of `folder`, whose config must be the lender's."""
-        config, lent = read_config(folder), self._list
+        config, lent = loaded_config(folder), self._list
         if lent.config_hash != _config_hash(config):
             raise NothingLent(f"the engine serves another model than {folder}")
         if lent.device_uuid != _uuid(lent.pieces[0].device):

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from engine.tensor_files import (
 
 __all__ = [
     "LoadedModel", "MissingFile", "MissingShard", "MissingTensor", "ModelError", "NotSafetensors",
-    "UnexpectedTensor", "UnknownArchitecture", "UnsupportedModel", "WrongShape", "load_model", "read_config",
+    "UnexpectedTensor", "UnknownArchitecture", "UnsupportedModel", "WrongShape", "load_model",
+    "loaded_config", "read_config",
 ]  # fmt: skip
 
 ARCHITECTURES = {
@@ -41,6 +42,7 @@ _STAGE_BYTES = 32 << 20
 _LOAD_THREADS = min(16, os.cpu_count() or 1)
 # Derived values that old exporters stored; the model computes them.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class UnknownArchitecture(ModelError):
@@ -111,6 +113,7 @@ def load_model(
     """Load `folder` (config.json and safetensors, sharded or not). Raises ModelError subclasses."""
     config = read_config(folder)
     files = _tensor_files(folder)
+    config = _tied_as_stored(config, files)
     with torch.device("meta"):
         decoder = Decoder(config).to(dtype)
     decoder.to_empty(device=device)
@@ -124,6 +127,30 @@ def load_model(
         spec = files[name][1]
         digest.update(f"{name} {spec.dtype} {spec.shape}".encode() + of_tensor)
     return LoadedModel(config, decoder.eval(), digest.hexdigest())
+
+
+def loaded_config(folder: Path) -> ModelConfig:
+    """The config that `load_model` gives: `read_config`'s, and tied only if what is stored is."""
+    return _tied_as_stored(read_config(folder), _tensor_files(folder))
+
+
+def _tied_as_stored(config: ModelConfig, files: dict[str, tuple[Path, TensorSpec]]) -> ModelConfig:
+    """The config of a model said to be tied, as transformers takes it: whoever stores a shared tensor once
+    may do so under the head's name, and a head that is another than the embedding was trained apart from it.
+    """
+    if not config.tie_word_embeddings or _HEAD not in files:
+        return config
+    embed = files.setdefault(_EMBED, files[_HEAD])
+    is_one = embed == files[_HEAD] or torch.equal(_stored(*embed), _stored(*files[_HEAD]))
+    return replace(config, tie_word_embeddings=is_one)
+
+
+def _stored(path: Path, spec: TensorSpec) -> Tensor:
+    """The bytes of a tensor, in the file itself, mapped into memory."""
+    size = path.stat().st_size
+    begin = size - max(each.end for each in read_header(path).values()) + spec.begin
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    return content[begin : begin + spec.end - spec.begin]
 
 
 def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
@@ -350,7 +377,7 @@ def _checked_names(targets: dict[str, Tensor], files: dict[str, tuple[Path, Tens
         if name.endswith(_IGNORED_SUFFIXES):
             continue
         if name not in targets:
-            if name == "lm_head.weight":  # a tied model may store its embedding twice
+            if name == _HEAD:  # a tied model may store its embedding twice
                 continue
             raise UnexpectedTensor(name)
         if spec.dtype not in _FLOAT_DTYPES:
@@ -367,11 +394,11 @@ def _checked_names(targets: dict[str, Tensor], files: dict[str, tuple[Path, Tens
 def _targets(config: ModelConfig, decoder: Decoder) -> dict[str, Tensor]:
     """Views into the decoder's fused parameters by Hugging Face tensor name."""
     targets: dict[str, Tensor] = {
-        "model.embed_tokens.weight": decoder.embed,
+        _EMBED: decoder.embed,
         "model.norm.weight": decoder.norm.weight,
     }
     if not config.tie_word_embeddings:
-        targets["lm_head.weight"] = decoder.head.weight
+        targets[_HEAD] = decoder.head.weight
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
         prefix = f"model.layers.{index}."

@@ -19,6 +19,7 @@ from engine.weights import (
     UnknownArchitecture,
     UnsupportedModel,
     load_model,
+    loaded_config,
     read_config,
 )
 from tests.tiny_models import FAMILIES, save_random
@@ -289,7 +290,22 @@ def test_every_refusal_is_a_model_error(folder: Path) -> None:
         load_model(folder)
 
 
-def test_a_tied_model_that_stores_its_head_too_loads(folder: Path) -> None:
-    before = load_model(folder)
-    edit_tensors(folder, lm_head__weight=torch.zeros(97, 48))
-    assert load_model(folder).base_hash == before.base_hash
+def test_a_tied_model_may_store_its_embedding_twice_or_as_its_head(folder: Path) -> None:
+    before = load_model(folder).base_hash
+    embed = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(folder, lm_head__weight=embed.clone())
+    assert load_model(folder).base_hash == before
+    edit_tensors(folder, model__embed_tokens__weight=None)  # so does safetensors.torch.save_model
+    assert load_model(folder).base_hash == before
+
+
+def test_a_head_that_is_not_the_embedding_counts_as_in_transformers(folder: Path) -> None:
+    before = load_model(folder).base_hash
+    embed = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(folder, lm_head__weight=embed + 1)
+    loaded = load_model(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.decoder.head.weight, theirs.lm_head.weight)
+    assert torch.equal(loaded.decoder.embed, theirs.model.embed_tokens.weight)
+    assert loaded.config == loaded_config(folder) != read_config(folder)
+    assert loaded.base_hash != before
