@@ -274,14 +274,17 @@ def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
 
 
 def _sliding(raw: dict[str, Any], family: str, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """(window, layers it applies to). Mistral: all; Qwen: those named or from max_window_layers on."""
+    """(window, layers it applies to): those named, else all of Mistral, of Qwen from max_window_layers on.
+
+    A Mistral that names its layers is what transformers calls Ministral, from this very file.
+    """
     used = family == "mistral" or (family.startswith("qwen") and raw.get("use_sliding_window", False))
     if not used or raw.get("sliding_window", 4096) is None:
         return None, ()
     window = _size(raw, "sliding_window", 4096)  # which transformers takes, too, where none is named
-    if family == "mistral":
-        return window, tuple(range(layers))
     types = raw.get("layer_types")
+    if types is None and family == "mistral":
+        return window, tuple(range(layers))
     if types is None:
         first = raw.get("max_window_layers", 28)
         if type(first) is not int or first < 0:

@@ -22,6 +22,7 @@ from engine.weights import (
     loaded_config,
     read_config,
 )
+from tests.test_model import Whole
 from tests.tiny_models import FAMILIES, save_random
 
 
@@ -126,6 +127,18 @@ def test_the_window_is_the_one_that_transformers_takes_where_none_is_named(
     ours = read_config(tmp_path)
     assert ours.sliding_window == theirs.sliding_window == 4096
     assert ours.sliding_layers == tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+
+
+@pytest.mark.parametrize("full", [(0, 2), (0, 1, 2)])
+def test_a_mistral_slides_in_the_layers_it_names(tmp_path: Path, full: tuple[int, ...]) -> None:
+    save_random(tmp_path, FAMILIES["mistral"]())
+    kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(3)]
+    edit_config(tmp_path, layer_types=kinds)
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
+    ids = torch.arange(30)
+    with torch.inference_mode():
+        hidden = ours.decoder(ids, ids, Whole(ours.decoder))
+        assert (ours.decoder.logits(hidden) - theirs(ids[None]).logits[0]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
