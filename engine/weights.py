@@ -249,8 +249,9 @@ def _refuse_unsupported(raw: dict[str, Any], family: str) -> None:
 
 
 def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
-    # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling.
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling. Where someone has
+    # added the old one to a new file, as model cards say to, transformers takes that alone.
+    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise UnsupportedModel("rope_parameters", "an object", parameters)
     theta = _number(parameters, "rope_theta", _number(raw, "rope_theta", 10_000.0))

@@ -112,6 +112,16 @@ def test_rope_settings_of_older_transformers_are_read(folder: Path) -> None:
     assert new.kind == "llama3"
 
 
+def test_rope_scaling_added_to_a_newer_config_counts_as_in_transformers(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    edit_config(folder, rope_scaling={"rope_type": "linear", "factor": 4.0}, rope_theta=1e5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(load_model(folder).decoder.inverse_frequencies, theirs.model.rotary_emb.inv_freq)
+    edit_config(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(UnsupportedModel, match="yarn"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2-window"])
 def test_the_window_is_the_one_that_transformers_takes_where_none_is_named(
     tmp_path: Path, family: str
