@@ -38,6 +38,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 _FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_POSITION = 2048  # where a config names none
 _STAGE_BYTES = 32 << 20
 _LOAD_THREADS = min(16, os.cpu_count() or 1)
 # Derived values that old exporters stored; the model computes them.
@@ -227,7 +228,7 @@ def read_config(folder: Path) -> ModelConfig:
         qk_norm=family == "qwen3",
         sliding_window=window,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
+        max_position_embeddings=_size(raw, "max_position_embeddings", _MAX_POSITION),
         bos_token_id=next(iter(_token_ids(folder / "config.json", raw, "bos_token_id")), None),
         eos_token_ids=_eos_token_ids(folder, raw),
         sliding_layers=sliding_layers,
@@ -269,7 +270,12 @@ def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
             _number(parameters, "factor"),
             _number(parameters, "low_freq_factor"),
             _number(parameters, "high_freq_factor"),
-            _size(parameters, "original_max_position_embeddings"),
+            # transformers reads it beside the others, too, and takes that first.
+            _size(
+                parameters | raw,
+                "original_max_position_embeddings",
+                _size(raw, "max_position_embeddings", _MAX_POSITION),
+            ),
         )
     raise UnsupportedModel("rope_type", "default, linear or llama3", kind)
 

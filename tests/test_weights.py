@@ -112,6 +112,22 @@ def test_rope_settings_of_older_transformers_are_read(folder: Path) -> None:
     assert new.kind == "llama3"
 
 
+@pytest.mark.parametrize("beside", [None, 64])
+def test_the_length_that_llama3_was_trained_for_is_the_one_that_transformers_takes(
+    folder: Path, beside: int | None
+) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    parameters = raw["rope_parameters"]
+    edit_config(folder, max_position_embeddings=128)
+    if beside is None:
+        del parameters["original_max_position_embeddings"]
+        edit_config(folder, rope_parameters=parameters)
+    else:
+        edit_config(folder, original_max_position_embeddings=beside)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(load_model(folder).decoder.inverse_frequencies, theirs.model.rotary_emb.inv_freq)
+
+
 def test_rope_scaling_added_to_a_newer_config_counts_as_in_transformers(folder: Path) -> None:
     edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     edit_config(folder, rope_scaling={"rope_type": "linear", "factor": 4.0}, rope_theta=1e5)
