@@ -38,7 +38,9 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 _FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_POSITION = 2048  # where a config names none
+# What transformers takes where a config names none. Llama: as many K/V heads as there are heads.
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_POSITIONS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
 _STAGE_BYTES = 32 << 20
 _LOAD_THREADS = min(16, os.cpu_count() or 1)
 # Derived values that old exporters stored; the model computes them.
@@ -212,6 +214,7 @@ def read_config(folder: Path) -> ModelConfig:
     hidden, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
     layers = _size(raw, "num_hidden_layers")
     default_head_dim = 128 if family == "qwen3" else hidden // heads
+    default_kv_heads = heads if "num_key_value_heads" in raw else _KV_HEADS.get(family, heads)
     window, sliding_layers = _sliding(raw, family, layers)
     config = ModelConfig(
         architecture=architecture,
@@ -219,7 +222,7 @@ def read_config(folder: Path) -> ModelConfig:
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=_size(raw, "num_key_value_heads", heads),
+        num_kv_heads=_size(raw, "num_key_value_heads", default_kv_heads),
         head_dim=_size(raw, "head_dim", default_head_dim),
         intermediate_size=_size(raw, "intermediate_size"),
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
@@ -228,7 +231,7 @@ def read_config(folder: Path) -> ModelConfig:
         qk_norm=family == "qwen3",
         sliding_window=window,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_position_embeddings=_size(raw, "max_position_embeddings", _MAX_POSITION),
+        max_position_embeddings=_size(raw, "max_position_embeddings", _POSITIONS[family]),
         bos_token_id=next(iter(_token_ids(folder / "config.json", raw, "bos_token_id")), None),
         eos_token_ids=_eos_token_ids(folder, raw),
         sliding_layers=sliding_layers,
@@ -274,7 +277,7 @@ def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
             _size(
                 parameters | raw,
                 "original_max_position_embeddings",
-                _size(raw, "max_position_embeddings", _MAX_POSITION),
+                _size(raw, "max_position_embeddings", _POSITIONS[family]),
             ),
         )
     raise UnsupportedModel("rope_type", "default, linear or llama3", kind)

@@ -155,6 +155,20 @@ def test_the_window_is_the_one_that_transformers_takes_where_none_is_named(
     assert ours.sliding_layers == tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
 
 
+@pytest.mark.parametrize("family", ["llama2", "mistral", "qwen2", "qwen3"])
+def test_sizes_that_a_config_leaves_out_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    config = FAMILIES[family]()
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    config.hidden_size, config.num_attention_heads = 256, 64
+    config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["num_key_value_heads"], raw["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs, ours = transformers.AutoConfig.from_pretrained(tmp_path), read_config(tmp_path)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+
+
 @pytest.mark.parametrize("full", [(0, 2), (0, 1, 2)])
 def test_a_mistral_slides_in_the_layers_it_names(tmp_path: Path, full: tuple[int, ...]) -> None:
     save_random(tmp_path, FAMILIES["mistral"]())
