@@ -14,6 +14,7 @@ from typing import Any
 from personalization.jobs import QueueStats, cancel_jobs, open_queue, queue_stats, request_refresh
 from personalization.store import Store
 from service.forget import EngineCaches, Removed, forget
+from service.model_folder import resolve_model
 from service.settings import Settings
 
 
@@ -81,7 +82,8 @@ class Actions:
 
     async def _shelf(self) -> Any:
         weights, publish = await _load("engine.weights"), await _load("personalization.publish")
-        config = await asyncio.to_thread(weights.read_config, Path(self._settings.model))
+        folder = await asyncio.to_thread(resolve_model, self._settings.model)
+        config = await asyncio.to_thread(weights.read_config, folder)
         return publish.Shelf(self._settings.adapter_root, config)
 
 

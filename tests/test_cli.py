@@ -131,3 +131,10 @@ def test_a_model_that_cannot_be_served_ends_the_service_with_the_reason(tmp_path
     assert "got FooForCausalLM" in error
     assert "Traceback" not in error
     assert "cannot start (see its message above)" in error
+
+
+async def test_a_person_is_rolled_back_on_a_redis_of_ones_own_without_a_service_in_the_folder(
+    tmp_path: Path, redis: Redis, redis_url: str
+) -> None:
+    arguments = ("rollback", "ada", "0", "--data", str(tmp_path))
+    assert attune(*arguments, ATTUNE_REDIS_URL=redis_url) == "ada: version 0 -> 0\n"
