@@ -11,7 +11,8 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -209,12 +210,19 @@ class Settings(BaseModel):
         return self.model_name or self.model
 
 
+@contextmanager
+def expecting(path: Path, what: str) -> Iterator[None]:
+    """What the system says against `path`, as one SettingsError that says what was expected of it."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(str(path), f"expected {what}: {error.strerror}") from None
+
+
 def make_folder(path: Path) -> None:
     """Make `path`, and what lies above it, unless it is there. Raises SettingsError."""
-    try:
+    with expecting(path, "a folder, or room for one"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(str(path), f"expected a folder, or room for one: {error.strerror}") from None
 
 
 def private_folder(path: Path) -> Path:
@@ -232,28 +240,36 @@ def read_or_create_secret(path: Path) -> bytes:
     """The installation's secret, 32 bytes; made at the first start, readable by this user only.
 
     Adapter ids are keyed with it, so losing it orphans every adapter: it is never replaced, and a file that
-    is not 64 hex digits is an error, not a reason to make a new one.
+    is not 64 hex digits is an error, not a reason to make a new one. Raises SettingsError.
     """
+    with expecting(path, "a file to read"), suppress(FileNotFoundError, NotADirectoryError):
+        return _secret_in(path)
+    make_folder(path.parent)
+    with expecting(path.parent, "a folder to write in"):
+        _create_secret(path)
+    return _secret_in(path)
+
+
+def _create_secret(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(SECRET_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
     try:
-        text = path.read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        make_folder(path.parent)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(aside, path)  # unlike a rename, never replaces a secret another process made meanwhile
-        except FileExistsError:
-            pass
-        finally:
-            aside.unlink()
-        text = path.read_text()
+        os.link(aside, path)  # unlike a rename, never replaces a secret another process made meanwhile
+    except FileExistsError:
+        pass
+    finally:
+        aside.unlink()
+
+
+def _secret_in(path: Path) -> bytes:
+    text = path.read_bytes()
     try:
-        secret = bytes.fromhex(text.strip())
-    except ValueError:
+        secret = bytes.fromhex(text.decode().strip())
+    except ValueError:  # of which what is no text is one
         secret = b""
     if len(secret) != SECRET_BYTES:
         raise SettingsError(str(path), f"expected {2 * SECRET_BYTES} hex digits, got something else")

@@ -22,7 +22,14 @@ import structlog
 
 from service import leash
 from service.redis_child import LOG_FILE, RedisBinary, answers, find_redis, redis_argv, sync_files
-from service.settings import Settings, SettingsError, make_folder, private_folder, read_or_create_secret
+from service.settings import (
+    Settings,
+    SettingsError,
+    expecting,
+    make_folder,
+    private_folder,
+    read_or_create_secret,
+)
 
 USER_ERROR = 2
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0
@@ -267,9 +274,11 @@ def require_free_port(host: str, port: int) -> None:
 
 @contextmanager
 def data_lock(path: Path) -> Iterator[None]:
-    """Hold the data folder for this process. Raises AlreadyRunning."""
+    """Hold the data folder for this process. Raises AlreadyRunning, SettingsError."""
     make_folder(path.parent)
-    with path.open("a+") as file:
+    with expecting(path.parent, "a folder to write in"):
+        opened = path.open("a+")
+    with opened as file:
         for attempt in range(LOCK_ATTEMPTS):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,14 +295,15 @@ def data_lock(path: Path) -> Iterator[None]:
 
 
 def is_running(path: Path) -> bool:
-    """Whether a supervisor holds the lock file `path`."""
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except BlockingIOError:
-        return True
+    """Whether a supervisor holds the lock file `path`. Raises SettingsError when that cannot be seen."""
+    with expecting(path, "a file to read"):
+        try:
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except BlockingIOError:
+            return True
     return False
 
 

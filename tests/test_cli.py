@@ -52,6 +52,9 @@ def test_a_token_is_signed_for_a_person_and_a_time(tmp_path: Path) -> None:
         (("serve", "--data", "/dev/null"), "/dev/null: expected a folder, or room for one"),
         (("token", "ada", "--data", "/dev/null/x"), "/dev/null/x: expected a folder, or room for one"),
         (("export", "ada", "--data", "/dev/null"), "does not run on"),
+        # a file system that takes no files, for whoever asks
+        (("token", "ada", "--data", "/proc"), "/proc: expected a folder to write in"),
+        (("serve", "--port", str(free_port()), "--data", "/proc"), "/proc: expected a folder to write in"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(

@@ -103,12 +103,13 @@ def test_the_secret_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) 
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_damaged_secret_is_an_error_and_is_left_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [b"half a secr", b"\xff" * 32])
+def test_a_damaged_secret_is_an_error_and_is_left_as_it_is(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "secret"
-    path.write_text("half a secr")
+    path.write_bytes(damaged)
     with pytest.raises(SettingsError):
         read_or_create_secret(path)
-    assert path.read_text() == "half a secr"
+    assert path.read_bytes() == damaged
 
 
 def test_tokens_are_not_signed_with_the_key_of_adapter_ids(tmp_path: Path) -> None:

@@ -151,6 +151,15 @@ def test_commands_find_the_settings_of_the_running_service_by_its_folder(tmp_pat
         assert running_settings(asked) == running
 
 
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.symlink_to(lock)  # what nobody may open, root included
+    with pytest.raises(SettingsError, match="lock: expected a file to read"):
+        running_settings(Settings.read({}, data=tmp_path))
+    with pytest.raises(SettingsError, match="expected a folder to write in"), data_lock(lock):
+        pytest.fail("a lock that was never held")
+
+
 @pytest.mark.parametrize("written", ["", '{"ATTUNE_DATA": "/da'])
 def test_a_service_whose_settings_are_half_written_does_not_run_yet(tmp_path: Path, written: str) -> None:
     asked = Settings.read({}, data=tmp_path)
