@@ -7,6 +7,7 @@ service's settings in its folder. Exit code 1: the service failed; 2: it cannot 
 import asyncio
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -169,9 +170,10 @@ def announce(settings: Settings, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"ready": True, "page": settings.page_address}), flush=True)
         return
-    place = "" if settings.data == Path.cwd() / "data" else f" --data {settings.data}"
+    place = "" if settings.data == Path.cwd() / "data" else f" --data {shlex.quote(str(settings.data))}"
     called = Path(sys.argv[0])
     command = str(called).removeprefix(str(Path.cwd()) + os.sep) if called.name == "attune" else "attune"
+    command = shlex.quote(command)
     print(
         f"\n  Attune is ready, on the model {settings.shown_model}.\n\n"
         f"  page    {settings.page_address}\n"

@@ -1,6 +1,7 @@
 """The commands without a running service: help, tokens, and mistakes told in one line."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from personalization.history import dump
 from personalization.jobs import job_key, open_queue
 from personalization.store import Store
 from service.auth import ALGORITHM, AUDIENCE
-from service.cli import app
-from service.settings import read_or_create_secret, token_key
+from service.cli import announce, app
+from service.settings import Settings, read_or_create_secret, token_key
 from tests.running_service import free_port
 from tests.small_model import save_small_model, talk
 
@@ -93,6 +94,15 @@ def test_the_help_tells_the_defaults() -> None:
     told = " ".join(attune("serve", "--help", COLUMNS="200").split())
     for default in ("./data", "demo", "8080", "127.0.0.1, this machine only", "a private one is started"):
         assert f"[default: {default}]" in told
+
+
+def test_what_is_told_at_the_start_can_be_typed_as_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "my data"
+    announce(Settings.read({}, data=data), as_json=False)
+    (chat,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  chat")]
+    assert shlex.split(chat)[-2:] == ["--data", str(data)]
 
 
 def test_a_population_adapter_is_made_of_a_file_without_a_running_service(tmp_path: Path) -> None:
