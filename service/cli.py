@@ -65,7 +65,7 @@ ASKED_WRONGLY = (
     NotPossible,
     processes.ModelUnusable,
 )
-SERVICE_FAILED = (StoreError, EngineError, ConnectionError, TimeoutError)
+SERVICE_FAILED = (StoreError, EngineError, operations.LearningFailed, ConnectionError, TimeoutError)
 
 Data = Annotated[Path | None, typer.Option(help="Data folder of the service. [default: ./data]")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
@@ -377,7 +377,8 @@ def population(
     what users wrote."""
     asked = read_settings(data=data, model=model)
     settings = running_settings(asked) or asked
-    with progress("learning") as show:
+    processes.chosen_device(settings)  # told now, not by a trainer that ends
+    with processes.about_the_model(*what_models_lack()), progress("learning") as show:
         made = asyncio.run(operations.make_population(settings, file, epochs=epochs, on_progress=show))
     kept = f"population adapter {made['number']}" if made["number"] else "not kept"
     answer(made, f"{kept}, from {made['turns']} turns: {made['reason']}", as_json=as_json)
@@ -398,7 +399,6 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Measure what learning is worth on a history file: a table, one line of JSON, and a page of plots."""
-    from engine.weights import ModelError
     from personalization.evaluate import Extent, NothingToMeasure
 
     if not page.parent.is_dir():  # told now, not when all is measured
@@ -415,7 +415,7 @@ def evaluate_command(
             people=people, selection_turns=0, curve=(), refreshes=0, from_population=False, stacks=()
         )
     try:
-        with processes.about_the_model(ModelError):
+        with processes.about_the_model(*what_models_lack()):
             done = evaluation.measure(
                 resolve_model(settings.model),
                 file,
@@ -463,6 +463,15 @@ def forget_command(
 
 def read_settings(**flags: Any) -> Settings:
     return Settings.read(os.environ, **flags)
+
+
+def what_models_lack() -> tuple[type[Exception], ...]:
+    """What is raised of a model's folder that cannot be learned with."""
+    from engine.weights import ModelError
+    from personalization.prompt import TokenizerMissing
+    from personalization.template import TemplateFailed
+
+    return ModelError, TokenizerMissing, TemplateFailed
 
 
 def find_service(data: Path | None) -> Settings:

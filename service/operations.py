@@ -24,6 +24,10 @@ class Refused(ValueError):
     """The command cannot be carried out as asked; the message says expected and got."""
 
 
+class LearningFailed(RuntimeError):
+    """The training process ended in the middle; the message says why, as far as it could."""
+
+
 # ---------------------------------------------------------------- import
 
 
@@ -60,11 +64,12 @@ async def import_histories(store: Store, lines: Iterable[bytes], on_progress: Pr
 async def make_population(
     settings: Settings, lines: Iterable[bytes], *, epochs: int, on_progress: Progress
 ) -> dict[str, Any]:
-    """Train a population adapter on the histories in `lines`, in a process of its own. Raises Refused."""
+    """Train a population adapter on the histories in `lines`, in a process of its own. Raises Refused,
+    LearningFailed, and what a Renderer raises of the model's folder."""
     from engine.weights import read_config
     from personalization.population import NothingToLearn, Workshop, make
     from personalization.prompt import Renderer
-    from personalization.trainer import Trainer, TrainerSettings
+    from personalization.trainer import Trainer, TrainerDied, TrainerSettings
 
     folder = resolve_model(settings.model)
     config = await asyncio.to_thread(read_config, folder)
@@ -81,6 +86,8 @@ async def make_population(
         )
     except NothingToLearn as error:
         raise Refused(str(error)) from None
+    except TrainerDied as error:
+        raise LearningFailed(str(error)) from None
     finally:
         await trainer.stop()
     return asdict(made)

@@ -120,6 +120,31 @@ def test_a_population_adapter_is_made_of_a_file_without_a_running_service(tmp_pa
     assert "expected turns that a person wrote" in attune(*arguments, code=2)
 
 
+@pytest.mark.parametrize("command", ["population", "evaluate"])
+def test_a_model_that_cannot_be_learned_with_is_one_line_and_exit_code_two(
+    command: str, tmp_path: Path
+) -> None:
+    file, model = tmp_path / "text.jsonl", tmp_path / "model"
+    file.write_text("\n".join(dump("book", talk("book", 60))))
+    arguments = (command, str(file), "--model", str(model), "--data", str(tmp_path / "data"))
+    model.mkdir()
+    (model / "config.json").write_text('{"architectures": ["FooForCausalLM"], "model_type": "foo"}')
+    assert attune(*arguments, code=2).splitlines()[-1].startswith("attune: expected one of")
+    save_small_model(model)
+    (model / "tokenizer.json").unlink()
+    assert attune(*arguments, code=2).splitlines()[-1].startswith("attune: ")
+
+
+def test_a_training_process_that_ends_is_told_and_exit_code_one(tmp_path: Path) -> None:
+    file, model = tmp_path / "text.jsonl", save_small_model(tmp_path / "model")
+    file.write_text("\n".join(dump("book", talk("book", 60))))
+    (model / "model.safetensors").unlink()
+    arguments = ("population", str(file), "--model", str(model), "--data", str(tmp_path / "data"))
+    error = attune(*arguments, code=1)
+    assert error.splitlines()[-1].startswith("attune: the training process ended")
+    assert "TrainerDied" not in error  # the process may have told where it ended, the command does not
+
+
 async def test_who_asks_for_a_person_asks_and_who_asks_for_all_does_not(
     tmp_path: Path, redis: Redis, redis_url: str
 ) -> None:
