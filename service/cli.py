@@ -401,7 +401,7 @@ def evaluate_command(
     """Measure what learning is worth on a history file: a table, one line of JSON, and a page of plots."""
     from personalization.evaluate import Extent, NothingToMeasure
 
-    if not page.parent.is_dir():  # told now, not when all is measured
+    if not page.parent.is_dir() or page.is_dir():  # told now, not when all is measured
         raise operations.Refused(f"--page: expected a file in a folder that exists, got {page}")
     settings = read_settings(data=data, model=model)
     started = time.monotonic()

@@ -145,6 +145,13 @@ def test_a_training_process_that_ends_is_told_and_exit_code_one(tmp_path: Path) 
     assert "TrainerDied" not in error  # the process may have told where it ended, the command does not
 
 
+def test_a_page_of_plots_that_has_no_place_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(dump("book", talk("book", 60))))
+    error = attune("evaluate", str(file), "--page", str(tmp_path), code=2)
+    assert error == f"attune: --page: expected a file in a folder that exists, got {tmp_path}\n"
+
+
 async def test_who_asks_for_a_person_asks_and_who_asks_for_all_does_not(
     tmp_path: Path, redis: Redis, redis_url: str
 ) -> None:
