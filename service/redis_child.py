@@ -60,6 +60,17 @@ def parse_version(text: str) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
+async def _version_of(path: Path) -> tuple[int, int, int] | None:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            path, "--version", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+    except OSError:  # a file that may be run but cannot: empty, or another machine's
+        return None
+    output, _ = await process.communicate()
+    return parse_version(output.decode(errors="replace"))
+
+
 async def find_redis(search_path: str, *, wheel: bool = True) -> RedisBinary:
     """The first server of `search_path` that is new enough, else the wheel's; else RedisUnavailable."""
     candidates = [Path(p) for name in SERVER_NAMES if (p := shutil.which(name, path=search_path))]
@@ -67,11 +78,7 @@ async def find_redis(search_path: str, *, wheel: bool = True) -> RedisBinary:
         candidates.append(packaged)
     seen: list[str] = []
     for path in candidates:
-        process = await asyncio.create_subprocess_exec(
-            path, "--version", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-        )
-        output, _ = await process.communicate()
-        version = parse_version(output.decode(errors="replace"))
+        version = await _version_of(path)
         if version and version >= OLDEST:
             return RedisBinary(path, version)
         seen.append(f"{path} is {'.'.join(map(str, version)) if version else 'unreadable'}")

@@ -68,6 +68,13 @@ async def test_a_server_that_is_too_old_is_passed_over(tmp_path: Path) -> None:
     assert (await find_redis(str(tmp_path / "bin"), wheel=False)).path == valkey
 
 
+async def test_a_server_that_cannot_be_run_is_passed_over(tmp_path: Path) -> None:
+    broken = write_server(tmp_path / "bin", "redis-server", "8.0.0")
+    broken.write_bytes(b"\x7fELF of another machine")
+    valkey = write_server(tmp_path / "bin", "valkey-server", "8.1.0")
+    assert (await find_redis(str(tmp_path / "bin"), wheel=False)).path == valkey
+
+
 async def test_without_a_server_the_error_says_how_to_get_one(tmp_path: Path) -> None:
     write_server(tmp_path / "bin", "redis-server", "5.0.14")
     with pytest.raises(RedisUnavailable, match=r"found only .*5\.0\.14; install one with"):
