@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 MIB = 1 << 20
+ENGINE_GONE_WITHIN_S = 10.0  # one whose supervisor was just killed goes a moment after it
+LOOK_EVERY_S = 0.5
 WORKER_NICENESS = 10  # learning yields to talking where both want the same cores
 
 
@@ -100,6 +103,21 @@ def chosen_device(settings: Settings) -> str:
     return settings.device
 
 
+async def require_no_engine(socket: Path, within_s: float = ENGINE_GONE_WITHIN_S) -> None:
+    """Refuse to take the place of an engine that lives: a gateway would go on with the one, and every command
+    ask the other. Raises SettingsError when it is still there after `within_s`."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            _, writer = await asyncio.open_unix_connection(socket)
+        except OSError:  # nobody there, or a file that a killed one left
+            return
+        writer.close()
+        if time.monotonic() > deadline:
+            raise SettingsError(str(socket), "an engine answers here: stop it, or choose another --data")
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
 async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, answer on the engine's socket. Raises ModelUnusable, SettingsError."""
     import torch
@@ -115,6 +133,7 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
         dtype = "bfloat16" if device == "cuda" else "float32"
     private_folder(settings.run_folder)
     private_folder(settings.adapter_root)
+    await require_no_engine(settings.engine_socket)
     with contextlib.ExitStack() as stack:
         lender = None
         if device == "cuda":  # from the start: who wants to borrow waits for what is being loaded

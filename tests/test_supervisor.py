@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from service.processes import require_no_engine
 from service.settings import Settings, SettingsError
 from service.supervisor import (
     AlreadyRunning,
@@ -177,3 +178,16 @@ def test_a_taken_port_is_refused_before_anything_starts() -> None:
         with pytest.raises(SettingsError, match=str(port)):
             require_free_port("127.0.0.1", port)
     require_free_port("127.0.0.1", port)
+
+
+async def test_an_engine_that_lives_keeps_its_socket(tmp_path: Path) -> None:
+    path = tmp_path / "engine.sock"
+    await require_no_engine(path)
+    living = await asyncio.start_unix_server(lambda _, writer: writer.close(), path)
+    with pytest.raises(SettingsError, match="an engine answers here"):
+        await require_no_engine(path, within_s=0.2)
+    going = asyncio.create_task(require_no_engine(path, within_s=30))  # as those of a killed supervisor do
+    await asyncio.sleep(0.2)
+    living.close()
+    await going
+    assert path.exists()  # as after a kill -9: nobody answers, and the file stays
