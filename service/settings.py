@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 PREFIX = "ATTUNE_"
 # sun_path holds 108 bytes on Linux and 104 elsewhere; the longest name we put in the folder is 12 bytes.
@@ -45,6 +46,13 @@ def _optional(value: object) -> object:
     return None if value in ("", "none") else value
 
 
+def _address(value: str | None) -> str | None:
+    """An address whose host and port can be read; with another, processes end and are started for ever."""
+    if value is not None:
+        _ = urlsplit(value).port  # what Redis' client asks of it, and raises
+    return value
+
+
 class Settings(BaseModel):
     """Everything a person may choose. Frozen; a bad value is an error that names its key."""
 
@@ -55,7 +63,7 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
     # None: a private server in `data`
-    redis_url: Annotated[str | None, BeforeValidator(_optional)] = Field(
+    redis_url: Annotated[str | None, BeforeValidator(_optional), AfterValidator(_address)] = Field(
         default=None, pattern="^(redis|rediss|unix)://"
     )
 

@@ -34,6 +34,8 @@ def test_a_flag_that_was_not_given_does_not_hide_the_environment() -> None:
         ({"ATTUNE_PROT": "8080"}, {}, "ATTUNE_PROT"),
         ({}, {"port": 70000}, "--port"),
         ({}, {"redis_url": "localhost:6379"}, "--redis-url"),
+        ({}, {"redis_url": "redis://name:password:6379"}, "--redis-url"),
+        ({"ATTUNE_REDIS_URL": "redis://[::1"}, {}, "ATTUNE_REDIS_URL"),
         ({}, {"auto_refresh_after": -1}, "--auto-refresh-after"),
         ({"ATTUNE_TOKEN_HOURS": "inf"}, {}, "ATTUNE_TOKEN_HOURS"),
         ({}, {"token_hours": 1e300}, "--token-hours"),
