@@ -459,6 +459,12 @@ def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
     page.keyboard.press("Escape")
     page.keyboard.press("Control+Shift+O")
     expect(page.locator(".title")).to_have_text("New conversation")
+    page.go_back()
+    expect(page.locator(".bubble")).to_have_count(1)
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    expect(field).to_be_focused()
+    expect(page.locator(".bubble")).to_have_count(1)  # it leads to the field, not out of the conversation
     page.keyboard.press("Tab")
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline != "none"

@@ -27,7 +27,7 @@ const curtain = h("div", { class: "curtain", on: { click: () => app.set({ drawer
 const frame = h(
   "div",
   { class: "frame" },
-  h("a", { class: "skip", text: "Skip to the message field", attrs: { href: "#message" } }),
+  h("a", { class: "skip", text: "Skip to the message field", attrs: { href: "#message" }, on: { click: skip } }),
   sidebar(app),
   h("main", { class: "main" }, topbar(app), signIn(app), thread(app, (text) => write.fill(text)), write.element),
   panel(app),
@@ -64,6 +64,12 @@ document.addEventListener("keydown", (event) => {
     else write.focus();
   }
 });
+
+/** The address names the conversation that is open; a way within the page must not take its place. */
+function skip(event: Event): void {
+  event.preventDefault();
+  write.focus();
+}
 
 addEventListener("popstate", () => {
   const id = asked();
