@@ -200,6 +200,20 @@ def test_stopping_ends_the_reply_and_leaves_room_for_the_next(
     expect(page.locator(".bubble")).to_have_count(1)
 
 
+def test_escape_in_a_dialog_closes_the_dialog_alone(open_page: Open, service: RunningService) -> None:
+    page = open_page("hesitant")
+    page.locator("summary", has_text="Your data").click()
+    with engine_paused(service):
+        say(page, "Tell me a long story.")
+        reply_named(page)
+        page.get_by_role("button", name="Forget me").click()
+        page.keyboard.press("Escape")
+        expect(page.locator("dialog")).to_have_count(0)
+        page.wait_for_timeout(1000)  # nothing tells that no stop has come through
+    reply_ended(page)
+    expect(page.locator(".reply .note")).to_be_hidden()
+
+
 def test_a_reload_in_the_middle_of_a_reply_takes_it_up_again(
     open_page: Open, service: RunningService
 ) -> None:

@@ -47,6 +47,8 @@ function layout(): void {
 }
 
 document.addEventListener("keydown", (event) => {
+  // A dialog keeps its keys to itself: the Escape that closes it stops no reply behind it.
+  if (document.querySelector("dialog[open]")) return;
   const command = event.ctrlKey || event.metaKey;
   if (command && !event.shiftKey && event.key.toLowerCase() === "k") {
     event.preventDefault();
