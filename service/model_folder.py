@@ -1,5 +1,6 @@
 """Where a base model's files are: `demo`, a local Hugging Face folder, or a hub id that is fetched once."""
 
+import os
 import re
 from pathlib import Path
 
@@ -31,8 +32,8 @@ def resolve_model(name: str) -> Path:
     """The folder that holds the model called `name`; fetches it when it is a hub id. Raises ModelNotFound."""
     if name == "demo":
         folder = demo_model.path()
-    elif name and Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser().absolute()
+    elif name and (given := Path(os.path.expanduser(name))).is_dir():
+        folder = given.absolute()
     elif HUB_ID.fullmatch(name):
         folder = _fetch(name)
     else:

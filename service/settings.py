@@ -129,7 +129,11 @@ class Settings(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise SettingsError(named.get(key, key), "there is no such setting") from None
             raise SettingsError(named.get(key, key), f"{first['msg']}; got {first['input']!r}") from None
-        return settings.model_copy(update={"data": settings.data.expanduser().absolute()})
+        try:
+            data = settings.data.expanduser().absolute()
+        except RuntimeError:  # ~ and the name of nobody here
+            raise SettingsError(named["data"], f"expected a folder, got {str(settings.data)!r}") from None
+        return settings.model_copy(update={"data": data})
 
     def environment(self) -> dict[str, str]:
         """These settings as variables for a child process: `Settings.read(s.environment()) == s`."""

@@ -17,7 +17,9 @@ def test_a_folder_without_a_config_is_refused_by_name(tmp_path: Path) -> None:
         resolve_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["dmeo", "no/such/folder", "../elsewhere/else/model", ""])
+@pytest.mark.parametrize(
+    "name", ["dmeo", "no/such/folder", "../elsewhere/else/model", "~nobody.here/a/model", ""]
+)
 def test_a_name_that_can_be_nothing_is_refused(name: str) -> None:
     with pytest.raises(ModelNotFound, match="expected demo, a folder, or a hub id"):
         resolve_model(name)

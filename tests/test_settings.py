@@ -36,6 +36,7 @@ def test_a_flag_that_was_not_given_does_not_hide_the_environment() -> None:
         ({}, {"redis_url": "localhost:6379"}, "--redis-url"),
         ({}, {"redis_url": "redis://name:password:6379"}, "--redis-url"),
         ({"ATTUNE_REDIS_URL": "redis://[::1"}, {}, "ATTUNE_REDIS_URL"),
+        ({"ATTUNE_DATA": "~nobody.here/data"}, {}, "ATTUNE_DATA"),
         ({}, {"auto_refresh_after": -1}, "--auto-refresh-after"),
         ({"ATTUNE_TOKEN_HOURS": "inf"}, {}, "ATTUNE_TOKEN_HOURS"),
         ({}, {"token_hours": 1e300}, "--token-hours"),
