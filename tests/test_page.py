@@ -627,6 +627,16 @@ def test_what_became_of_a_file_is_seen_without_scrolling_and_says_what_is_wrong(
     expect(told.locator("b")).to_have_text("Nothing new in that file")
 
 
+def test_what_became_of_a_file_is_not_told_to_the_next_person(open_page: Open) -> None:
+    page = open_page("first")
+    bring_in(page, history("first", 2))
+    page.get_by_role("button", name="Switch person").click()
+    page.get_by_label("any name").fill("second")
+    page.keyboard.press("Enter")
+    expect(page.locator(".person-name")).to_have_text("second")
+    expect(page.locator(".fold .outcome")).to_be_hidden()
+
+
 def test_what_is_too_long_is_not_offered_to_be_tried_again(open_page: Open) -> None:
     page = open_page("novelist")
     say(page, "word " * 9000)

@@ -219,18 +219,20 @@ function data(app: App): HTMLElement {
     attrs: { type: "file", accept: ".jsonl,.ndjson,.json,text/plain", tabindex: -1, "aria-label": "History file" },
     on: { change: () => void take() },
   });
+  function tellNothing(): void {
+    told.hidden = true;
+    told.replaceChildren();
+  }
   async function take(): Promise<void> {
     const chosen = file.files?.[0];
     if (!chosen) return;
     told.hidden = false;
     setAttr(told, "data-tone", "plain");
     told.replaceChildren(h("b", { text: `Reading ${chosen.name}…` }));
+    const { user } = app.state;
     const result = await app.learning.import(chosen);
     file.value = "";
-    if (!result) {
-      told.hidden = true;
-      return;
-    }
+    if (!result || user !== app.state.user) return tellNothing();
     setAttr(told, "data-tone", result.errors.length ? "bad" : "good");
     told.replaceChildren(
       h("b", { text: result.imported ? `${plural(result.imported, "turn")} brought in` : result.known ? "Nothing new in that file" : "No turn of yours in that file" }),
@@ -239,6 +241,7 @@ function data(app: App): HTMLElement {
     );
     told.scrollIntoView({ block: "nearest" }); // it stands at the panel's end, below what is seen of a long one
   }
+  whenSomeoneElse(app, tellNothing);
   return h(
     "details",
     { class: "fold" },
