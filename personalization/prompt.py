@@ -24,7 +24,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from personalization.history import Turn, effective, learned
-from personalization.template import PLAIN_STOP, Message, load_template, read_json
+from personalization.template import PLAIN_STOP, Message, TemplateFailed, load_template, read_json
 
 COUNTED_TEXTS = 65_536  # texts whose token count is remembered
 KEPT_AT_A_JUMP = (0.35, 0.65)  # of the window
@@ -50,6 +50,17 @@ class TokenizerMissing(FileNotFoundError):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         super().__init__(f"expected tokenizer.json in {folder}, got none")
+
+
+class TokenizerDamaged(ValueError):
+    """A file of the model folder's tokenizer cannot be read."""
+
+    def __init__(self, folder: Path, reason: Exception) -> None:
+        self.folder = folder
+        super().__init__(f"expected a tokenizer in {folder}, got files that cannot be read: {reason}")
+
+
+UNUSABLE_TOKENIZER = (TokenizerMissing, TokenizerDamaged, TemplateFailed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,8 @@ class _Rendered:
 
 
 class Renderer:
-    """Reads a Hugging Face tokenizer folder. Safe to share between threads. Raises TokenizerMissing,
-    TemplateFailed."""
+    """Reads a Hugging Face tokenizer folder. Safe to share between threads. Raises one of
+    UNUSABLE_TOKENIZER."""
 
     def __init__(
         self, tokenizer_folder: Path, context_length: int, *, now: Callable[[], datetime] = datetime.now
@@ -88,10 +99,15 @@ class Renderer:
         if not file.exists():
             raise TokenizerMissing(tokenizer_folder)
         self.context_length = context_length
-        self._tokenizer = Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+            self._template = load_template(tokenizer_folder, now=now)
+        except TemplateFailed:
+            raise
+        except Exception as error:  # the library raises no narrower type
+            raise TokenizerDamaged(tokenizer_folder, error) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._template = load_template(tokenizer_folder, now=now)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self._forged = re.compile(

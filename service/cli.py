@@ -468,10 +468,9 @@ def read_settings(**flags: Any) -> Settings:
 def what_models_lack() -> tuple[type[Exception], ...]:
     """What is raised of a model's folder that cannot be learned with."""
     from engine.weights import ModelError
-    from personalization.prompt import TokenizerMissing
-    from personalization.template import TemplateFailed
+    from personalization.prompt import UNUSABLE_TOKENIZER
 
-    return ModelError, TokenizerMissing, TemplateFailed
+    return ModelError, *UNUSABLE_TOKENIZER
 
 
 def find_service(data: Path | None) -> Settings:

@@ -31,7 +31,7 @@ def measure(
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Evaluate the histories in `lines` with the model in `folder`, as the service would learn from them.
-    Raises NothingToMeasure, ModelError, TokenizerMissing, TemplateFailed."""
+    Raises NothingToMeasure, ModelError, and what a Renderer raises of the folder."""
     import torch
 
     from engine.weights import load_model

@@ -163,11 +163,10 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
 
 async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
     """Answer WebSockets and HTTP. Raises ModelUnusable."""
-    from personalization.prompt import TokenizerMissing
-    from personalization.template import TemplateFailed
+    from personalization.prompt import UNUSABLE_TOKENIZER
     from service.gateway import run_gateway as run
 
-    with about_the_model(TokenizerMissing, TemplateFailed), out_of_collections():
+    with about_the_model(*UNUSABLE_TOKENIZER), out_of_collections():
         await until_stopped(run(settings), stop)
 
 
@@ -175,7 +174,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
     """Learn from what people wrote. Raises ModelUnusable."""
     from engine.weights import ModelError
     from personalization.gate import GatePolicy
-    from personalization.prompt import TokenizerMissing
+    from personalization.prompt import UNUSABLE_TOKENIZER
     from personalization.refresh import RefreshPolicy
     from personalization.trial import TrialPolicy
     from personalization.worker import WorkerSettings
@@ -197,5 +196,5 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         training_bytes=settings.training_bytes,
         nightly_hour=settings.nightly_hour,
     )
-    with about_the_model(ModelError, TokenizerMissing):
+    with about_the_model(ModelError, *UNUSABLE_TOKENIZER):
         await until_stopped(run(worker), stop)

@@ -152,6 +152,18 @@ def test_a_page_of_plots_that_has_no_place_is_refused_before_anything_is_measure
     assert error == f"attune: --page: expected a file in a folder that exists, got {tmp_path}\n"
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_worker_does_not_begin_again_on_a_tokenizer_that_cannot_be_read(
+    file: str, tmp_path: Path, redis_url: str
+) -> None:
+    model = save_small_model(tmp_path / "model")
+    (model / file).write_text("{{")
+    arguments = ("worker", "--model", str(model), "--data", str(tmp_path / "data"))
+    error = attune(*arguments, code=2, ATTUNE_REDIS_URL=redis_url)
+    assert error.splitlines()[-1].startswith("attune: ")
+    assert "Traceback" not in error
+
+
 async def test_who_asks_for_a_person_asks_and_who_asks_for_all_does_not(
     tmp_path: Path, redis: Redis, redis_url: str
 ) -> None:
