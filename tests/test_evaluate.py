@@ -198,10 +198,12 @@ def test_the_command_measures_a_file_and_writes_its_page(tmp_path: Path) -> None
     numbers = json.loads(told)
     assert (numbers["people"], numbers["people_in_file"], numbers["bad_lines"]) == (2, 2, 1)
     assert plots.read_text().startswith("<!doctype html>")
-    lost = [sys.executable, "-m", "service.cli", "evaluate", str(file), *options, "--page", str(tmp_path)]
+    astray = tmp_path / "astray.html"
+    astray.symlink_to(tmp_path / "not there" / "plots.html")
+    lost = [sys.executable, "-m", "service.cli", "evaluate", str(file), *options, "--page", str(astray)]
     on_cpu = os.environ | {"ATTUNE_DEVICE": "cpu"}
     done = subprocess.run(lost, capture_output=True, text=True, check=False, timeout=120, env=on_cpu)
-    assert done.returncode == 1  # no page can be a folder; what was measured is told before
+    assert done.returncode == 1  # no page can be written there; what was measured is told before
     assert json.loads(done.stdout.splitlines()[-1])["loss"] == numbers["loss"]
     nowhere = str(tmp_path / "no folder" / "plots.html")
     error = attune("evaluate", str(file), *options, "--page", nowhere, code=2)
