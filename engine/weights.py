@@ -150,10 +150,14 @@ def _tied_as_stored(config: ModelConfig, files: dict[str, tuple[Path, TensorSpec
 
 def _stored(path: Path, spec: TensorSpec) -> Tensor:
     """The bytes of a tensor, in the file itself, mapped into memory."""
-    size = path.stat().st_size
-    begin = size - max(each.end for each in read_header(path).values()) + spec.begin
-    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    begin = _data_start(path) + spec.begin
+    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     return content[begin : begin + spec.end - spec.begin]
+
+
+def _data_start(path: Path) -> int:
+    """Where the tensors of a file begin: they reach to its end."""
+    return path.stat().st_size - max(spec.end for spec in read_header(path).values())
 
 
 def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
@@ -161,10 +165,7 @@ def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
 
     Each thread needs no more than one stage: a part is read, hashed, and copied on from there.
     """
-    data_start = {
-        path: path.stat().st_size - max(spec.end for spec in read_header(path).values())
-        for path in {path for path, _, _ in wanted}
-    }
+    data_start = {path: _data_start(path) for path in {path for path, _, _ in wanted}}
     stages = threading.local()
 
     def load(one: tuple[Path, TensorSpec, Tensor]) -> bytes:

@@ -378,7 +378,7 @@ def population(
     asked = read_settings(data=data, model=model)
     settings = running_settings(asked) or asked
     processes.chosen_device(settings)  # told now, not by a trainer that ends
-    with processes.about_the_model(*what_models_lack()), progress("learning") as show:
+    with processes.about_the_model(*processes.what_models_lack()), progress("learning") as show:
         made = asyncio.run(operations.make_population(settings, file, epochs=epochs, on_progress=show))
     kept = f"population adapter {made['number']}" if made["number"] else "not kept"
     answer(made, f"{kept}, from {made['turns']} turns: {made['reason']}", as_json=as_json)
@@ -415,7 +415,7 @@ def evaluate_command(
             people=people, selection_turns=0, curve=(), refreshes=0, from_population=False, stacks=()
         )
     try:
-        with processes.about_the_model(*what_models_lack()):
+        with processes.about_the_model(*processes.what_models_lack()):
             done = evaluation.measure(
                 resolve_model(settings.model),
                 file,
@@ -463,14 +463,6 @@ def forget_command(
 
 def read_settings(**flags: Any) -> Settings:
     return Settings.read(os.environ, **flags)
-
-
-def what_models_lack() -> tuple[type[Exception], ...]:
-    """What is raised of a model's folder that cannot be learned with."""
-    from engine.weights import ModelError
-    from personalization.prompt import UNUSABLE_TOKENIZER
-
-    return ModelError, *UNUSABLE_TOKENIZER
 
 
 def find_service(data: Path | None) -> Settings:

@@ -51,6 +51,14 @@ def about_the_model(*errors: type[Exception]) -> Iterator[None]:
         raise ModelUnusable(str(error)) from None
 
 
+def what_models_lack() -> tuple[type[Exception], ...]:
+    """What is raised of a model's folder that cannot be learned with."""
+    from engine.weights import ModelError
+    from personalization.prompt import UNUSABLE_TOKENIZER
+
+    return ModelError, *UNUSABLE_TOKENIZER
+
+
 @contextlib.contextmanager
 def out_of_collections() -> Iterator[None]:
     """Collections of garbage inside do not look at what there is by now: a full one, during which no token
@@ -172,9 +180,7 @@ async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
 
 async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
     """Learn from what people wrote. Raises ModelUnusable."""
-    from engine.weights import ModelError
     from personalization.gate import GatePolicy
-    from personalization.prompt import UNUSABLE_TOKENIZER
     from personalization.refresh import RefreshPolicy
     from personalization.trial import TrialPolicy
     from personalization.worker import WorkerSettings
@@ -196,5 +202,5 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> None:
         training_bytes=settings.training_bytes,
         nightly_hour=settings.nightly_hour,
     )
-    with about_the_model(ModelError, *UNUSABLE_TOKENIZER):
+    with about_the_model(*what_models_lack()):
         await until_stopped(run(worker), stop)
