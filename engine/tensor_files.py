@@ -14,6 +14,7 @@ another one; a pickle renamed to .safetensors must never reach an unpickler. Bot
 import json
 import struct
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -120,6 +121,23 @@ def read_header(
     if count > max_tensors:
         raise TooManyTensors(path.name, max_tensors, count)
     return _check_specs(path, pairs, size - 8 - length)
+
+
+def data_start(file: FileIO) -> int:
+    """Where the data part begins, in an unbuffered file whose header was checked."""
+    file.seek(0)
+    (length,) = struct.unpack("<Q", file.read(8))
+    return 8 + int(length)
+
+
+def read_whole(path: Path, file: FileIO, content: memoryview) -> None:
+    """Fill `content` from an unbuffered file. Raises NotSafetensors where the file ends before."""
+    read = 0
+    while read < len(content):  # one call reads 2 GiB at most
+        more = file.readinto(content[read:])
+        if not more:
+            raise NotSafetensors(path, "one that became shorter")
+        read += more
 
 
 def _top_level_pairs(path: Path, raw: bytes) -> list[tuple[str, Any]]:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from engine.tensor_files import (
     NotSafetensors,
     TensorSpec,
     WrongShape,
+    data_start,
     read_header,
+    read_whole,
 )
 
 __all__ = [
@@ -150,14 +151,10 @@ def _tied_as_stored(config: ModelConfig, files: dict[str, tuple[Path, TensorSpec
 
 def _stored(path: Path, spec: TensorSpec) -> Tensor:
     """The bytes of a tensor, in the file itself, mapped into memory."""
-    begin = _data_start(path) + spec.begin
+    with path.open("rb", buffering=0) as file:
+        begin = data_start(file) + spec.begin
     content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     return content[begin : begin + spec.end - spec.begin]
-
-
-def _data_start(path: Path) -> int:
-    """Where the tensors of a file begin: they reach to its end."""
-    return path.stat().st_size - max(spec.end for spec in read_header(path).values())
 
 
 def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
@@ -165,7 +162,6 @@ def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
 
     Each thread needs no more than one stage: a part is read, hashed, and copied on from there.
     """
-    data_start = {path: _data_start(path) for path in {path for path, _, _ in wanted}}
     stages = threading.local()
 
     def load(one: tuple[Path, TensorSpec, Tensor]) -> bytes:
@@ -176,12 +172,11 @@ def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
             stages.stream = torch.cuda.Stream(target.device) if is_cuda else None
         digest, place, size = hashlib.sha256(), target.view(-1), DTYPE_BYTES[spec.dtype]
         with path.open("rb", buffering=0) as file, torch.cuda.stream(stages.stream):
-            file.seek(data_start[path] + spec.begin)
+            file.seek(data_start(file) + spec.begin)
             for begin in range(0, spec.end - spec.begin, _STAGE_BYTES):
                 part = stages.stage[: min(_STAGE_BYTES, spec.end - spec.begin - begin)]
                 content = memoryview(part.numpy())
-                if _read_whole(file, content) < len(content):
-                    raise NotSafetensors(path, "one that became shorter")
+                read_whole(path, file, content)
                 digest.update(content)
                 numbers = part.view(_FLOAT_DTYPES[spec.dtype])
                 place[begin // size : (begin + len(part)) // size].copy_(numbers, non_blocking=True)
@@ -194,14 +189,6 @@ def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
     with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="weights") as pool:
         found = dict(zip(order, pool.map(load, [wanted[index] for index in order]), strict=True))
     return [found[index] for index in range(len(wanted))]
-
-
-def _read_whole(file: FileIO, content: memoryview) -> int:
-    """Bytes read: all that `content` holds, unless the file ends. One call reads 2 GiB at most."""
-    read = 0
-    while read < len(content) and (more := file.readinto(content[read:])):
-        read += more
-    return read
 
 
 def read_config(folder: Path) -> ModelConfig:

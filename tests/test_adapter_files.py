@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine import adapter_files
 from engine.adapter_files import (
     AdapterError,
     DuplicateTensor,
@@ -33,6 +34,7 @@ from engine.adapter_files import (
     write_adapter,
 )
 from engine.model import MODULES, ModelConfig, module_shape
+from engine.tensor_files import TensorSpec, read_header
 from engine.weights import read_config
 from tests.tiny_models import FAMILIES, VOCAB, save_random
 
@@ -408,6 +410,20 @@ def test_a_huge_header_is_refused_before_it_is_read(folder: Path, config: ModelC
         file.write((1 << 20).to_bytes(8, "little"))
         file.truncate(2 << 20)
     with pytest.raises(TooLarge, match="header"):
+        read_adapter(folder, config)
+
+
+def test_a_file_that_loses_its_end_once_its_header_was_checked_is_refused(
+    folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_then_cut(path: Path, **limits: int) -> dict[str, TensorSpec]:
+        specs = read_header(path, **limits)
+        with path.open("ab") as file:
+            file.truncate(path.stat().st_size - 1)
+        return specs
+
+    monkeypatch.setattr(adapter_files, "read_header", read_then_cut)
+    with pytest.raises(NotSafetensors, match="shorter"):
         read_adapter(folder, config)
 
 
