@@ -8,11 +8,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,9 +29,9 @@ from engine.tensor_files import (
     TooLarge,
     TooManyTensors,
     WrongShape,
-    data_start,
-    read_header,
+    parse_header,
     read_whole,
+    take_header,
 )
 from engine.weights import module_path
 
@@ -45,6 +48,8 @@ __all__ = [
     "NotSafetensors",
     "OtherBase",
     "RankOutOfRange",
+    "StoredModule",
+    "StoredWeights",
     "TooLarge",
     "TooManyTensors",
     "UnknownTensor",
@@ -52,7 +57,9 @@ __all__ = [
     "UnsupportedAdapter",
     "WrongShape",
     "check_base",
+    "empty_bytes",
     "read_adapter",
+    "read_stored",
     "version_folder",
     "write_adapter",
 ]  # fmt: skip
@@ -68,6 +75,12 @@ _TENSOR_NAME = re.compile(
     r"base_model\.model\.model\.layers\.(0|[1-9]\d{0,5})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
 )
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of each dtype: integers of its size, with a sign and without, and the bits of infinity.
+_INTEGERS = {
+    torch.float32: (torch.int32, np.uint32, 0x7F80_0000),
+    torch.float16: (torch.int16, np.uint16, 0x7C00),
+    torch.bfloat16: (torch.int16, np.uint16, 0x7F80),
+}
 # Fields of adapter_config.json that change nothing of what an adapter computes once it is trained, or that
 # are read below. Any other field must be absent, null, false or empty: a feature of a PEFT to come must not
 # be ignored silently.
@@ -153,10 +166,7 @@ class UnsafePath(AdapterError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraModule:
-    """delta = scale * B A of one linear module; scale is alpha / r, or alpha / sqrt(r) for rsLoRA.
-
-    Both matrices are float32, unless they were read as they are stored.
-    """
+    """delta = scale * B A of one linear module; scale is alpha / r, or alpha / sqrt(r) for rsLoRA."""
 
     layer: int
     module: str
@@ -176,6 +186,37 @@ class LoraWeights:
     modules: tuple[LoraModule, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredModule:
+    """Where a module's A [rank, in] and B [out, rank] begin among the numbers of its adapter, row by row."""
+
+    layer: int
+    module: str
+    rank: int
+    scale: float
+    a: int
+    b: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredWeights:
+    """One adapter as a file holds it, its numbers one after the other. Files of one shape share `modules`,
+    which are sorted as those of LoraWeights."""
+
+    modules: tuple[StoredModule, ...]
+    numbers: Tensor  # [n]
+
+    def matrices(self, config: ModelConfig) -> LoraWeights:
+        """Views of the numbers."""
+        modules = []
+        for m in self.modules:
+            out_features, in_features = module_shape(config, m.module)
+            a = self.numbers[m.a : m.a + m.rank * in_features].view(m.rank, in_features)
+            b = self.numbers[m.b : m.b + m.rank * out_features].view(out_features, m.rank)
+            modules.append(LoraModule(m.layer, m.module, a, b, m.scale))
+        return LoraWeights(tuple(modules))
+
+
 def version_folder(root: Path, adapter_id: str, version: int) -> Path:
     """<root>/<adapter id>/<version>. Raises UnsafePath for an id not hex, version 0, a link."""
     if not re.fullmatch(r"[0-9a-f]{1,64}", adapter_id):
@@ -189,31 +230,46 @@ def version_folder(root: Path, adapter_id: str, version: int) -> Path:
     return folder
 
 
-def read_adapter(
-    folder: Path, config: ModelConfig, *, dtype: torch.dtype | None = torch.float32
-) -> LoraWeights:
-    """The adapter in `folder`, checked against the model it is for. Raises AdapterError subclasses.
+def read_adapter(folder: Path, config: ModelConfig) -> LoraWeights:
+    """The adapter in `folder` as float32, checked against the model it is for. Raises AdapterError
+    subclasses."""
+    stored = read_stored(folder, config)
+    return replace(stored, numbers=stored.numbers.float()).matrices(config)
 
-    dtype None: the numbers as they are stored, views of what was read.
+
+def empty_bytes(count: int) -> Tensor:
+    """So many, of any content."""
+    return torch.empty(count, dtype=torch.uint8)
+
+
+def read_stored(
+    folder: Path, config: ModelConfig, take: Callable[[int], Tensor] = empty_bytes
+) -> StoredWeights:
+    """The same in the dtype of the file, or in float32 if it has several, in bytes that `take` gives.
+
+    Little is done in Python, and in few calls: a thread that is to step meanwhile waits for all of it.
     """
-    settings = _Settings.read(folder / CONFIG_FILE)
-    path = folder / WEIGHTS_FILE
+    settings, path = _read_small(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     if not path.is_file():
         for pickled in ("adapter_model.bin", "adapter_model.pt"):
             if (folder / pickled).is_file():
                 raise NotSafetensors(folder / pickled, "a Python pickle")
         raise MissingAdapterFile(path)
-    most = 2 * len(MODULES) * config.num_layers
-    header_limit = 4096 + 512 * most
     data_limit = (
         sum(MAX_RANK * sum(module_shape(config, module)) for module in MODULES) * config.num_layers * 4
     )
+    header_limit = 4096 + 512 * _most_tensors(config)
     if (size := path.stat().st_size) > header_limit + data_limit:
         raise TooLarge(path.name, header_limit + data_limit, size)
-    specs = read_header(path, max_header_bytes=header_limit, max_tensors=most)
-    pairs = _pair_up(specs, config)
-    settings.check_targets(pairs, config)
-    return LoraWeights(tuple(_read_modules(_Tensors(path, specs), pairs, settings, config, dtype)))
+    with path.open("rb", buffering=0) as file:
+        header, data_bytes = take_header(path, file, max_header_bytes=header_limit)
+        described = _describe(settings, header, data_bytes, config)
+        # Read from its first byte to its last: a mapped file is asked for a few pages at a time.
+        content = take(data_bytes)
+        read_whole(path, file, memoryview(content.numpy().data))
+    numbers = described.numbers(content)
+    described.check_finite(numbers)
+    return StoredWeights(described.modules, numbers)
 
 
 def check_base(folder: Path, base_hash: str) -> None:
@@ -290,8 +346,8 @@ class _Settings:
     layers: tuple[int, ...] | None
 
     @classmethod
-    def read(cls, path: Path) -> "_Settings":
-        raw = _read_config(path)
+    def parse(cls, content: bytes) -> "_Settings":
+        raw = _parse_config(content)
         _refuse_unsupported(raw)
         rank = raw.get("r", 8)
         if not _is_rank(rank):
@@ -340,17 +396,21 @@ class _Settings:
                     raise MissingTensor(_tensor_name(layer, module, "A"))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_small(path: Path) -> bytes:
     if not path.is_file():
         raise MissingAdapterFile(path)
     if (size := path.stat().st_size) > _MAX_CONFIG_BYTES:
         raise TooLarge(path.name, _MAX_CONFIG_BYTES, size)
+    return path.read_bytes()
+
+
+def _parse_config(content: bytes) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise MissingAdapterFile(path, f"expected a JSON object ({error})") from error
+        raise MissingAdapterFile(Path(CONFIG_FILE), f"expected a JSON object ({error})") from error
     if not isinstance(raw, dict):
-        raise MissingAdapterFile(path, f"expected a JSON object, got a {type(raw).__name__}")
+        raise MissingAdapterFile(Path(CONFIG_FILE), f"expected a JSON object, got a {type(raw).__name__}")
     return raw
 
 
@@ -389,48 +449,71 @@ def _pair_up(specs: dict[str, TensorSpec], config: ModelConfig) -> dict[tuple[in
     return dict(sorted(pairs.items(), key=lambda item: (item[0][0], MODULES.index(item[0][1]))))
 
 
-class _Tensors:
-    """The tensors of a file whose header was checked, read from its first byte to its last.
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What the header and the config of a file say, checked: the same for all adapters of one shape."""
 
-    From a mapped file a disk is asked for a few pages at a time, in the order of the modules: a fifth of the
-    speed.
-    """
+    modules: tuple[StoredModule, ...]
+    tensors: tuple[tuple[str, TensorSpec], ...]  # as they follow each other
+    dtype: torch.dtype | None  # None: several
 
-    def __init__(self, path: Path, specs: dict[str, TensorSpec]) -> None:
-        self._path = path
-        self._specs = specs
-        self._data = torch.empty(max(spec.end for spec in specs.values()), dtype=torch.uint8)
-        with path.open("rb", buffering=0) as file:
-            file.seek(data_start(file))
-            read_whole(path, file, memoryview(self._data.numpy()))
+    def numbers(self, content: Tensor) -> Tensor:
+        """The numbers that these bytes are."""
+        if self.dtype is not None:
+            return content.view(self.dtype)
+        parts = [
+            content[spec.begin : spec.end].clone().view(_DTYPES[spec.dtype]).float()
+            for _, spec in self.tensors
+        ]
+        return torch.cat(parts)
 
-    def read(self, name: str, expected: tuple[int, int], dtype: torch.dtype | None) -> Tensor:
-        spec = self._specs[name]
-        if spec.shape != expected:
-            raise WrongShape(self._path.name, name, expected, spec.shape)
-        content = self._data[spec.begin : spec.end]
-        if content.storage_offset() % 4:
-            content = content.clone()  # behind an odd number of shorter ones
-        tensor = content.view(_DTYPES[spec.dtype]).view(expected)
-        # Both are NaN if any number is: one pass over the numbers, where isfinite would make several.
-        if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor)):
-            raise NotFinite(name)
-        return tensor if dtype is None else tensor.to(dtype, copy=True)
+    def check_finite(self, numbers: Tensor) -> None:
+        """Raises NotFinite with the name of the first tensor that holds NaN or infinity."""
+        if _is_finite(numbers):
+            return
+        begin = 0
+        for name, spec in self.tensors:
+            end = begin + math.prod(spec.shape)
+            if not _is_finite(numbers[begin:end]):
+                raise NotFinite(name)
+            begin = end
 
 
-def _read_modules(
-    tensors: _Tensors,
-    pairs: dict[tuple[int, str], dict[str, str]],
-    settings: _Settings,
-    config: ModelConfig,
-    dtype: torch.dtype | None,
-) -> Iterator[LoraModule]:
+@lru_cache(maxsize=64)  # nearly all adapters of a service have one of a few shapes
+def _describe(settings: bytes, header: bytes, data_bytes: int, config: ModelConfig) -> _Described:
+    known = _Settings.parse(settings)
+    specs = parse_header(Path(WEIGHTS_FILE), header, data_bytes, max_tensors=_most_tensors(config))
+    pairs = _pair_up(specs, config)
+    known.check_targets(pairs, config)
+    tensors = tuple(sorted(specs.items(), key=lambda item: (item[1].begin, item[1].end)))
+    sizes = [math.prod(spec.shape) for _, spec in tensors]
+    begins = {name: begin for (name, _), begin in zip(tensors, accumulate(sizes, initial=0), strict=False)}
+    modules = []
     for (layer, module), names in pairs.items():
-        rank, scale = settings.of(layer, module)
+        rank, scale = known.of(layer, module)
         out_features, in_features = module_shape(config, module)
-        a = tensors.read(names["A"], (rank, in_features), dtype)
-        b = tensors.read(names["B"], (out_features, rank), dtype)
-        yield LoraModule(layer, module, a, b, scale)
+        for half, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
+            if specs[names[half]].shape != expected:
+                raise WrongShape(WEIGHTS_FILE, names[half], expected, specs[names[half]].shape)
+        modules.append(StoredModule(layer, module, rank, scale, begins[names["A"]], begins[names["B"]]))
+    dtypes = {spec.dtype for spec in specs.values()}
+    return _Described(tuple(modules), tensors, _DTYPES[dtypes.pop()] if len(dtypes) == 1 else None)
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    """Whether none is NaN or infinite.
+
+    As integers, floats of one sign are in the order of their size, and these come last: the largest signed
+    integer tells of those above zero, the largest unsigned one of those below. Nothing takes memory here.
+    """
+    signed, unsigned, infinity = _INTEGERS[numbers.dtype]
+    bits = numbers.view(signed).numpy()
+    negative = infinity | 1 << (8 * numbers.element_size() - 1)
+    return not len(bits) or (int(bits.max()) < infinity and int(bits.view(unsigned).max()) < negative)
+
+
+def _most_tensors(config: ModelConfig) -> int:
+    return 2 * len(MODULES) * config.num_layers
 
 
 def _target_modules(weights: LoraWeights, config: ModelConfig) -> list[str]:

@@ -24,11 +24,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.adapter_files import LoraWeights, check_base, read_adapter, version_folder
+from engine.adapter_files import (
+    LoraWeights,
+    StoredWeights,
+    check_base,
+    read_stored,
+    version_folder,
+)
 from engine.adapters import AdapterCache, Copy
 from engine.batch import Batch, build_batch
 from engine.config import ConfigError, EngineConfig
-from engine.host_memory import PinnedMemory
+from engine.host_memory import PinnedMemory, Scratch
 from engine.packing import PackedAdapter, ResidentAdapter, min_slab_elems, on_heap, pack_adapter
 from engine.pages import BrokenBooks, PagePool
 from engine.prefix import PrefixCache
@@ -216,14 +222,16 @@ class Engine:
         self._readers = ThreadPoolExecutor(load_threads, thread_name_prefix="adapter-reader")
         allocate = PinnedMemory().empty if is_cuda else on_heap
 
-        def read_file(ref: AdapterRef) -> LoraWeights:
+        of_file, of_numbers = Scratch(), Scratch()
+
+        def read_file(ref: AdapterRef) -> StoredWeights:
             folder = version_folder(adapter_root, ref.id, ref.version)
             check_base(folder, model.base_hash)
-            return read_adapter(folder, model.config, dtype=None)
+            return read_stored(folder, model.config, of_file.take)
 
         def load(ref: AdapterRef) -> PackedAdapter:
-            weights = (read or read_file)(ref)
-            return pack_adapter(weights, model.config, slab_elems, arena.dtype, allocate)
+            weights = read_file(ref) if read is None else read(ref)
+            return pack_adapter(weights, model.config, slab_elems, arena.dtype, allocate, of_numbers.take)
 
         def place(
             ref: AdapterRef, packed: PackedAdapter, slabs: tuple[int, ...]

@@ -1,4 +1,5 @@
-"""Pinned host memory for packed adapters, which a device copies from without the host's help.
+"""Host memory: pinned for packed adapters, which a device copies from without the host's help, and each
+reader's own for what it reads.
 
 Pinning is slow, and torch's allocator rounds every request up to a power of two: up to twice an adapter's
 bytes. So memory is pinned in large chunks of such a size, and each matrix takes the first gap that holds it:
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 256 << 20
+MOST_SCRATCH_BYTES = 128 << 20  # kept by a thread; what is larger is taken from the system
 _ALIGN = 64  # bytes
 
 
@@ -83,3 +85,21 @@ class PinnedMemory:
         chunk = _Chunk(memory, [(nbytes, size)] if size > nbytes else [])
         self._chunks.append(chunk)
         return chunk, 0
+
+
+class Scratch(threading.local):
+    """Bytes of each thread its own, used anew the next time it takes some.
+
+    Fresh memory is cleared by the kernel page by page, and threads that ask for it wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, count: int) -> Tensor:
+        """So many, of any content, until the thread takes the next ones."""
+        if count > MOST_SCRATCH_BYTES:
+            return torch.empty(count, dtype=torch.uint8)
+        if len(self._kept) < count:
+            self._kept = torch.empty(count, dtype=torch.uint8)
+        return self._kept[:count]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.adapter_files import LoraModule, LoraWeights
+from engine.adapter_files import LoraModule, LoraWeights, StoredModule, StoredWeights, empty_bytes
 from engine.model import MODULES, ModelConfig, module_shape
 from engine.request import AdapterRef
 from kernels import RANK_TILE
@@ -81,19 +81,6 @@ class AdapterLayout:
             for m in self.modules
         )
 
-    def pack(
-        self, weights: LoraWeights, dtype: torch.dtype = torch.float32, allocate: Allocate = on_heap
-    ) -> Tensor:
-        """The image [slabs_needed, slab_elems] of weights of this shape, in memory that `allocate` gives."""
-        image = allocate((self.slabs_needed, self.slab_elems), dtype)
-        bits = _bits(image).reshape(-1)
-        for begin, end in self.gaps:
-            bits[begin:end] = 0
-        for tiles, lora in zip(self.modules, weights.modules, strict=True):
-            _write(bits, tiles.a_runs, _bits(lora.a.to(dtype)))
-            _write(bits, tiles.b_runs, _bits(lora.b.to(dtype)).T)
-        return image
-
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
@@ -143,16 +130,38 @@ class ResidentAdapter:
 
 
 def pack_adapter(
-    weights: LoraWeights,
+    weights: LoraWeights | StoredWeights,
     config: ModelConfig,
     slab_elems: int,
     dtype: torch.dtype = torch.float32,
     allocate: Allocate = on_heap,
+    take: Callable[[int], Tensor] = empty_bytes,
 ) -> PackedAdapter:
-    """The host form of an adapter. Raises SlabTooSmall when a tile of this model does not fit in a slab."""
-    shape = tuple((m.layer, m.module, m.rank, m.scale) for m in weights.modules)
-    layout = lay_out(shape, config, slab_elems)
-    return PackedAdapter(layout, layout.pack(weights, dtype, allocate))
+    """The host form of an adapter, in memory that `allocate` gives; `take` gives bytes for its numbers in
+    another dtype. Raises SlabTooSmall when a tile of this model does not fit in a slab.
+    """
+    stored = weights if isinstance(weights, StoredWeights) else _stored(weights)
+    layout, copies = plan(stored.modules, config, slab_elems)
+    image = allocate((layout.slabs_needed, slab_elems), dtype)
+    numbers = stored.numbers
+    if numbers.dtype != dtype:
+        numbers = take(len(numbers) * dtype.itemsize).view(dtype).copy_(numbers)
+    target, source = _bits(image).reshape(-1), _bits(numbers)
+    for begin, end in layout.gaps:
+        target[begin:end] = 0
+    for copy in copies:
+        copy.run(target, source)
+    return PackedAdapter(layout, image)
+
+
+def _stored(weights: LoraWeights) -> StoredWeights:
+    """The same as one run of numbers."""
+    modules, parts, end = [], [], 0
+    for m in weights.modules:
+        modules.append(StoredModule(m.layer, m.module, m.rank, m.scale, end, end + m.a.numel()))
+        parts += [m.a.detach().reshape(-1), m.b.detach().reshape(-1)]
+        end += m.a.numel() + m.b.numel()
+    return StoredWeights(tuple(modules), torch.cat(parts))
 
 
 def min_slab_elems(config: ModelConfig) -> int:
@@ -177,21 +186,84 @@ def unpack(layout: AdapterLayout, image: Tensor) -> LoraWeights:
     )
 
 
+@dataclass(slots=True)
+class Copies:
+    """`count` equal matrices [rows, width] of an image, each `step` elements behind the other, and where
+    their numbers come from: the first at `source`, the others and the next row and column a stride behind."""
+
+    target: int
+    source: int
+    rows: int
+    width: int
+    source_strides: tuple[int, int]  # row, column
+    count: int = 1
+    step: int = 0
+    source_step: int = 0
+
+    def takes(self, other: "Copies") -> bool:
+        """Whether `other`, one matrix, goes on where this ends; then it does."""
+        alike = (self.rows, self.width, self.source_strides)
+        if alike != (other.rows, other.width, other.source_strides):
+            return False
+        step = other.target - self.target - (self.count - 1) * self.step
+        source_step = other.source - self.source - (self.count - 1) * self.source_step
+        if self.count > 1 and (step, source_step) != (self.step, self.source_step):
+            return False
+        self.count, self.step, self.source_step = self.count + 1, step, source_step
+        return True
+
+    def run(self, target: "_Bits", source: "_Bits") -> None:
+        shape, size = (self.count, self.rows, self.width), target.itemsize
+        to = (self.step * size, self.width * size, size)
+        of = (self.source_step * size, *(stride * size for stride in self.source_strides))
+        place = np.ndarray(shape, target.dtype, target.data, self.target * size, to)
+        place[...] = np.ndarray(shape, source.dtype, source.data, self.source * size, of)
+
+
+@lru_cache(maxsize=64)  # nearly all adapters of a service have one of a few shapes
+def plan(
+    modules: tuple[StoredModule, ...], config: ModelConfig, slab_elems: int
+) -> tuple["AdapterLayout", tuple[Copies, ...]]:
+    """Where everything goes, and in as few copies as possible: between any two of them another thread may
+    take the interpreter, and give it back only after its milliseconds."""
+    layout = lay_out(tuple((m.layer, m.module, m.rank, m.scale) for m in modules), config, slab_elems)
+    wanted: list[tuple[str, str, Copies]] = []
+    for m, tiles in zip(modules, layout.modules, strict=True):
+        width = tiles.in_features
+        for run in tiles.a_runs:
+            copy = Copies(run.offset, m.a + run.first * width, run.rows, width, (width, 1))
+            wanted.append(("A", m.module, copy))
+        for run in tiles.b_runs:
+            copy = Copies(run.offset, m.b + run.first, run.rows, tiles.out_features, (1, m.rank))
+            wanted.append(("B", m.module, copy))
+    wanted.sort(key=lambda each: (*each[:2], each[2].target))
+    copies: list[Copies] = []
+    for _, _, copy in wanted:
+        if not copies or not copies[-1].takes(copy):
+            copies.append(copy)
+    return layout, tuple(copies)
+
+
 Shape = tuple[tuple[int, str, int, float], ...]  # layer, module, rank, scale
 
 
 @lru_cache(maxsize=64)  # nearly all adapters of a service have one of a few shapes
 def lay_out(shape: Shape, config: ModelConfig, slab_elems: int) -> AdapterLayout:
-    """Places for all tiles, first-fit decreasing; of few sizes, so that each walks the slabs once."""
+    """Places for all tiles, first-fit decreasing; of few sizes, so that each walks the slabs once.
+
+    One module of all layers after the other, in the order that their names have in a file: so most of what
+    lies side by side in a slab does so in the file.
+    """
     sizes = {module: module_shape(config, module) for module in MODULES}  # (out, in)
     if (least := min_slab_elems(config)) > slab_elems:
         raise SlabTooSmall(least, slab_elems)
     wanted: dict[int, list[tuple[int, str]]] = {}  # tile width -> (index of the module, "a" or "b") per tile
-    for index, (_, module, rank, _) in enumerate(shape):
-        out_features, in_features = sizes[module]
-        tiles = -(-rank // RANK_TILE)
-        wanted.setdefault(in_features, []).extend([(index, "a")] * tiles)
-        wanted.setdefault(out_features, []).extend([(index, "b")] * tiles)
+    order = sorted(range(len(shape)), key=lambda index: (shape[index][1], str(shape[index][0])))
+    for half in "ab":
+        for index in order:
+            _, module, rank, _ = shape[index]
+            width = sizes[module][half == "a"]
+            wanted.setdefault(width, []).extend([(index, half)] * -(-rank // RANK_TILE))
     used: list[int] = []  # elements taken of each slab
     offsets: dict[tuple[int, str], list[int]] = {}
     for width in sorted(wanted, reverse=True):
@@ -253,13 +325,6 @@ def _bits(tensor: Tensor) -> _Bits:
     integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     bits: _Bits = tensor.detach().view(integers).numpy()
     return bits
-
-
-def _write(image: _Bits, runs: tuple[Run, ...], rows: _Bits) -> None:
-    width = rows.shape[1]
-    for run in runs:
-        place = image[run.offset : run.offset + run.rows * width].reshape(run.rows, width)
-        place[...] = rows[run.first : run.first + run.rows]
 
 
 def _read_tiles(flat: Tensor, offsets: tuple[int, ...], width: int) -> Tensor:

@@ -103,8 +103,11 @@ class EngineServer:
                 self._engine.on_load = lambda: None
 
     def _set_threads(self) -> None:
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
+        """Before any adapter is read: its readers take this number over. Beside a GPU they have one thread
+        each, as there are several of them."""
+        threads = self._config.threads or (None if self._config.device == "cpu" else 1)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from its hello to its end; whatever it does wrong closes it alone."""

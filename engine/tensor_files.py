@@ -12,6 +12,7 @@ another one; a pickle renamed to .safetensors must never reach an unpickler. Bot
 """
 
 import json
+import os
 import struct
 from dataclasses import dataclass
 from io import FileIO
@@ -102,25 +103,43 @@ def read_header(
 
     Raises NotSafetensors, DuplicateTensor, TooManyTensors or TooLarge.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise NotSafetensors(path, f"a file of {size} bytes")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > size - 8:
-            # So a pickle begins, or the archive that torch puts it in, and headers of some honest lengths.
-            if prefix[:2] == b"PK" or (prefix[0] == 0x80 and prefix[1] in range(2, 6)):
-                raise NotSafetensors(path, "a Python pickle")
-            raise NotSafetensors(path, f"a header of {length} bytes in a file of {size} bytes")
-        if length > max_header_bytes:
-            raise TooLarge(f"header of {path.name}", max_header_bytes, length)
-        raw = file.read(length)
-    pairs = _top_level_pairs(path, raw)
+    with path.open("rb", buffering=0) as file:
+        header, data_bytes = take_header(path, file, max_header_bytes=max_header_bytes)
+    return parse_header(path, header, data_bytes, max_tensors=max_tensors)
+
+
+def take_header(path: Path, file: FileIO, *, max_header_bytes: int = MAX_HEADER_BYTES) -> tuple[bytes, int]:
+    """(the header, the bytes of the data part) of an unbuffered file, which then stands where that begins.
+
+    Raises NotSafetensors or TooLarge.
+    """
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise NotSafetensors(path, f"a file of {size} bytes")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > size - 8:
+        # So a pickle begins, or the archive that torch puts it in, and headers of some honest lengths.
+        if prefix[:2] == b"PK" or (prefix[0] == 0x80 and prefix[1] in range(2, 6)):
+            raise NotSafetensors(path, "a Python pickle")
+        raise NotSafetensors(path, f"a header of {length} bytes in a file of {size} bytes")
+    if length > max_header_bytes:
+        raise TooLarge(f"header of {path.name}", max_header_bytes, length)
+    return file.read(length), size - 8 - length
+
+
+def parse_header(
+    path: Path, header: bytes, data_bytes: int, *, max_tensors: int = MAX_TENSORS
+) -> dict[str, TensorSpec]:
+    """The tensors by name, every offset checked against shape and the bytes of the data part.
+
+    Raises NotSafetensors, DuplicateTensor or TooManyTensors.
+    """
+    pairs = _top_level_pairs(path, header)
     count = sum(name != "__metadata__" for name, _ in pairs)
     if count > max_tensors:
         raise TooManyTensors(path.name, max_tensors, count)
-    return _check_specs(path, pairs, size - 8 - length)
+    return _check_specs(path, pairs, data_bytes)
 
 
 def data_start(file: FileIO) -> int:

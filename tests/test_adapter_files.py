@@ -1,8 +1,11 @@
 """PEFT folders: what PEFT writes is read, what we write PEFT opens, everything else is refused by name."""
 
+import itertools
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,14 @@ from engine.adapter_files import (
     UnsupportedAdapter,
     WrongShape,
     read_adapter,
+    read_stored,
     version_folder,
     write_adapter,
 )
+from engine.host_memory import Scratch
 from engine.model import MODULES, ModelConfig, module_shape
-from engine.tensor_files import TensorSpec, read_header
-from engine.weights import read_config
+from engine.tensor_files import take_header
+from engine.weights import module_path, read_config
 from tests.tiny_models import FAMILIES, VOCAB, save_random
 
 # PEFT asks transformers for a property that transformers has renamed.
@@ -282,7 +287,7 @@ def test_numbers_may_stay_as_they_are_stored(
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         path.write_bytes((length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :])
-    stored, converted = read_adapter(tmp_path, config, dtype=None), read_adapter(tmp_path, config)
+    stored, converted = read_stored(tmp_path, config).matrices(config), read_adapter(tmp_path, config)
     for s, c, w in zip(stored.modules, converted.modules, weights.modules, strict=True):
         assert s.a.dtype == s.b.dtype == dtype
         assert torch.equal(s.a, w.a.to(dtype))
@@ -291,16 +296,59 @@ def test_numbers_may_stay_as_they_are_stored(
         assert torch.equal(c.b, s.b.float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_number_that_is_not_finite_is_refused_in_sixteen_bits(
+def test_a_file_of_several_dtypes_is_read_as_float32(folder: Path, config: ModelConfig) -> None:
+    path = folder / "adapter_model.safetensors"
+    kept = load_file(path)
+    kinds = itertools.cycle((torch.bfloat16, torch.float32, torch.float16))
+    tensors = {name: tensor.to(next(kinds), copy=True) for name, tensor in kept.items()}
+    header, parts, end = {}, [], 0
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    for name, tensor in tensors.items():
+        parts.append(tensor.view(torch.uint8).numpy().tobytes())
+        offsets = [end, end := end + len(parts[-1])]
+        header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+    assert read_stored(folder, config).numbers.dtype == torch.float32
+    for module in read_adapter(folder, config).modules:
+        for half, got in (("A", module.a), ("B", module.b)):
+            name = f"{PREFIX}{module.layer}.{module_path(module.module)}.lora_{half}.weight"
+            assert torch.equal(got, tensors[name].float())
+
+
+def test_files_of_one_shape_share_its_description_and_a_thread_reads_them_into_one_memory(
+    tmp_path: Path, config: ModelConfig
+) -> None:
+    first, second = random_weights(config, all_modules(config)), random_weights(config, all_modules(config))
+    for module in second.modules:
+        module.a.neg_()
+    for name, weights in (("1", first), ("2", second)):
+        write_adapter(tmp_path / name, weights, config, base_model="base")
+    write_adapter(tmp_path / "3", random_weights(config, all_modules(config), 5.0), config, base_model="base")
+    take = Scratch().take
+    one = read_stored(tmp_path / "1", config, take)
+    assert_equal(one.matrices(config), first)
+    two = read_stored(tmp_path / "2", config, take)
+    assert_equal(two.matrices(config), second)
+    assert two.modules is one.modules
+    assert two.numbers.data_ptr() == one.numbers.data_ptr()
+    assert {module.scale for module in read_stored(tmp_path / "3", config, take).modules} == {5.0}
+    with ThreadPoolExecutor(1) as other:
+        apart = other.submit(read_stored, tmp_path / "1", config, take).result()
+    assert apart.numbers.data_ptr() != one.numbers.data_ptr()
+    assert_equal(apart.matrices(config), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_refused_in_any_dtype(
     tmp_path: Path, config: ModelConfig, dtype: torch.dtype, value: float
 ) -> None:
     weights = random_weights(config, {(1, "q_proj"): 3})
     weights.modules[0].b.view(-1)[5] = value
     write_adapter(tmp_path, weights, config, base_model="base", dtype=dtype)
     with pytest.raises(NotFinite, match=r"1\.self_attn\.q_proj\.lora_B"):
-        read_adapter(tmp_path, config, dtype=None)
+        read_stored(tmp_path, config)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -416,13 +464,13 @@ def test_a_huge_header_is_refused_before_it_is_read(folder: Path, config: ModelC
 def test_a_file_that_loses_its_end_once_its_header_was_checked_is_refused(
     folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_then_cut(path: Path, **limits: int) -> dict[str, TensorSpec]:
-        specs = read_header(path, **limits)
-        with path.open("ab") as file:
-            file.truncate(path.stat().st_size - 1)
-        return specs
+    def take_then_cut(path: Path, file: FileIO, **limits: int) -> tuple[bytes, int]:
+        taken = take_header(path, file, **limits)
+        with path.open("ab") as other:
+            other.truncate(path.stat().st_size - 1)
+        return taken
 
-    monkeypatch.setattr(adapter_files, "read_header", read_then_cut)
+    monkeypatch.setattr(adapter_files, "take_header", take_then_cut)
     with pytest.raises(NotSafetensors, match="shorter"):
         read_adapter(folder, config)
 

@@ -14,7 +14,15 @@ import pytest
 import torch
 import transformers
 
-from engine.adapter_files import META_FILE, LoraModule, LoraWeights, version_folder, write_adapter
+from engine.adapter_files import (
+    META_FILE,
+    LoraModule,
+    LoraWeights,
+    StoredWeights,
+    read_stored,
+    version_folder,
+    write_adapter,
+)
 from engine.config import ConfigError, EngineConfig
 from engine.engine import (
     ContextExceeded,
@@ -593,16 +601,14 @@ def test_a_copy_under_way_holds_up_nobody_but_who_would_be_alone(build: Build) -
 # Adapters between the tiers
 
 
-def test_a_step_does_not_wait_for_a_load(
-    build: Build, model: LoadedModel, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_does_not_wait_for_a_load(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 
-    def slow(folder: Path, config: ModelConfig, *, dtype: torch.dtype | None) -> LoraWeights:
+    def slow(folder: Path, config: ModelConfig, take: Callable[[int], torch.Tensor]) -> StoredWeights:
         assert gate.wait(30)
-        return random_adapter(config, 1)
+        return read_stored(folder, config, take)
 
-    monkeypatch.setattr("engine.engine.read_adapter", slow)
+    monkeypatch.setattr("engine.engine.read_stored", slow)
     engine = build()
     replies = Replies([MIXED[0], MIXED[1]])
     engine.submit(MIXED[1])

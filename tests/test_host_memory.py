@@ -2,11 +2,13 @@
 
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor
 
-from engine.host_memory import PinnedMemory
+from engine.host_memory import PinnedMemory, Scratch
 
 
 def test_matrices_that_live_never_share_memory() -> None:
@@ -72,3 +74,23 @@ def test_threads_may_ask_at_once() -> None:
         thread.join()
     assert not wrong
     assert memory.nbytes == 1 << 16
+
+
+def test_a_thread_has_scratch_of_its_own_and_gets_the_same_anew() -> None:
+    scratch = Scratch()
+    first = scratch.take(1000)
+    assert (len(first), first.dtype) == (1000, torch.uint8)
+    assert scratch.take(10).data_ptr() == first.data_ptr()
+    assert len(scratch.take(2000)) == 2000
+    larger = scratch.take(2000)
+    assert scratch.take(1000).data_ptr() == larger.data_ptr()
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(scratch.take, 1000).result().data_ptr() != larger.data_ptr()
+
+
+def test_scratch_keeps_nothing_that_is_very_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.host_memory.MOST_SCRATCH_BYTES", 1000)
+    scratch = Scratch()
+    kept, large = scratch.take(1000), scratch.take(1001)
+    assert len(large) == 1001
+    assert scratch.take(1000).data_ptr() == kept.data_ptr()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.adapter_files import LoraModule, LoraWeights
+from engine.adapter_files import LoraModule, LoraWeights, StoredModule, StoredWeights
 from engine.model import MODULES, ModelConfig, RopeConfig, module_shape
 from engine.packing import (
     AdapterLayout,
@@ -16,6 +16,7 @@ from engine.packing import (
     lay_out,
     min_slab_elems,
     pack_adapter,
+    plan,
     unpack,
 )
 from engine.request import AdapterRef
@@ -99,6 +100,46 @@ def test_unpacking_gives_back_every_number(ranks: dict[tuple[int, str], int], sp
         assert torch.equal(x.b, y.b)
 
 
+@settings(deadline=None)
+@given(ranks=ranks_strategy, spare=st.integers(0, 3000), chooser=st.randoms(use_true_random=False))
+def test_a_file_gives_the_same_image_in_whatever_order_it_holds_the_matrices(
+    ranks: dict[tuple[int, str], int], spare: int, chooser: random.Random
+) -> None:
+    weights, slab_elems = weights_of(TINY, ranks), min_slab_elems(TINY) + spare
+    parts = [(m.layer, m.module, half) for m in weights.modules for half in "ab"]
+    chooser.shuffle(parts)
+    begins, numbers = {}, torch.empty(0)
+    by_place = {(m.layer, m.module): m for m in weights.modules}
+    for layer, module, half in parts:
+        begins[layer, module, half] = len(numbers)
+        matrix: torch.Tensor = getattr(by_place[layer, module], half)
+        numbers = torch.cat([numbers, matrix.reshape(-1)])
+    modules = tuple(
+        StoredModule(m.layer, m.module, m.rank, m.scale, *(begins[m.layer, m.module, half] for half in "ab"))
+        for m in weights.modules
+    )
+    packed = pack_adapter(StoredWeights(modules, numbers), TINY, slab_elems)
+    expected = pack_adapter(weights, TINY, slab_elems)
+    assert packed.layout is expected.layout
+    assert torch.equal(packed.image, expected.image)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64])
+def test_few_copies_make_the_image_of_a_file(rank: int) -> None:
+    """Its matrices are in the order of their names there, in which layer 10 comes before layer 2."""
+    config = REAL["llama-3.1-8b"]
+    names = [(layer, module) for layer in range(config.num_layers) for module in SUBSETS["attention"]]
+    begins, end = {}, 0
+    for layer, module in sorted(names, key=lambda name: (str(name[0]), name[1])):
+        out_features, in_features = module_shape(config, module)
+        begins[layer, module] = (end, end + rank * in_features)
+        end += rank * (in_features + out_features)
+    modules = tuple(StoredModule(*name, rank, 2.0, *begins[name]) for name in names)
+    layout, copies = plan(modules, config, slab_elems_of(config))
+    assert sum(copy.count * copy.rows * copy.width for copy in copies) == end == layout.tile_elems
+    assert len(copies) < 8 + 3 * layout.slabs_needed  # of 256 matrices
+
+
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("model", REAL)
 @pytest.mark.parametrize("rank", [8, 16, 64])
@@ -171,6 +212,20 @@ def test_an_image_can_be_kept_in_sixteen_bits() -> None:
     packed = pack_adapter(weights_of(TINY, {(0, "q_proj"): 8}), TINY, 4000, dtype=torch.bfloat16)
     assert packed.image.dtype == torch.bfloat16
     assert packed.image.nbytes == packed.layout.slabs_needed * 4000 * 2
+
+
+def test_the_numbers_in_another_dtype_are_put_where_they_are_told_to() -> None:
+    weights, taken = weights_of(TINY, {(0, "q_proj"): 5, (1, "v_proj"): 9}), []
+
+    def take(count: int) -> torch.Tensor:
+        taken.append(torch.empty(count, dtype=torch.uint8))
+        return taken[-1]
+
+    packed = pack_adapter(weights, TINY, 4000, torch.bfloat16, take=take)
+    assert [len(each) for each in taken] == [2 * sum(m.a.numel() + m.b.numel() for m in weights.modules)]
+    assert torch.equal(packed.image, pack_adapter(weights, TINY, 4000).image.bfloat16())
+    pack_adapter(weights, TINY, 4000, take=take)
+    assert len(taken) == 1
 
 
 @settings(deadline=None)
