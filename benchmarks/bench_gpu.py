@@ -34,6 +34,7 @@ import torch
 from benchmarks.common import commit, gpu, machine
 from benchmarks.gpu_rows import ROWS, Bench, Row, write_cold_files
 from benchmarks.random_model import LLAMA_3_1_8B, TINY, RandomAdapters
+from engine.config import PINNING
 
 START_S = 180.0  # that a child may take until its first row begins
 GRACE_S = 60.0  # beyond its budget, before a row that does not come back is ended
@@ -120,7 +121,8 @@ def supervise(
         with tempfile.TemporaryDirectory(prefix="rows-") as folder:
             lines = Path(folder) / "lines"
             lines.touch()
-            process = subprocess.Popen(command(left, lines), start_new_session=True)
+            environment = {**PINNING, **os.environ}  # as the service starts an engine
+            process = subprocess.Popen(command(left, lines), env=environment, start_new_session=True)
             current: str | None = None
             why = ""
             heard = time.monotonic()

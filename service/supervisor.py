@@ -20,6 +20,7 @@ from pathlib import Path
 
 import structlog
 
+from engine.config import PINNING
 from service import leash
 from service.redis_child import LOG_FILE, RedisBinary, answers, find_redis, redis_argv, sync_files
 from service.settings import (
@@ -204,6 +205,7 @@ class Supervisor:
 
     def _python(self, name: str, threads: int) -> Program:
         environment = {
+            **PINNING,
             **self._environment,
             **self._settings.environment(),
             # Threads of libgomp spin while they wait for work; beside other processes on few cores that costs

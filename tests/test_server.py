@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -231,7 +232,7 @@ async def test_a_missing_adapter_ends_its_own_reply_only(world: World, start: St
 
 async def test_what_an_adapters_file_says_is_told_as_it_can_be_sent(world: World, start: Start) -> None:
     folder = version_folder(world.adapters, ADA.id, 3)
-    folder.mkdir()
+    shutil.copytree(version_folder(world.adapters, ADA.id, ADA.version), folder)
     (folder / "adapter_config.json").write_text('{"\\ud800' + "x" * 9000 + '": 1}')  # half a character
     async with await (await start()).connect() as client:
         bad = await client.submit(ask("bad", adapter=AdapterRef(ADA.id, 3)))
