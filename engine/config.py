@@ -7,8 +7,9 @@ from typing import Any, Self
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DTYPES = ("float32", "bfloat16", "float16")
 # What an engine's process is started with, unless its environment says otherwise: torch touches the pages of
-# host memory with several threads before they are pinned, 4.5 GB/s where cudaHostAlloc gave 1.8.
-PINNING = {"PYTORCH_CUDA_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"}
+# host memory with several threads before they are pinned, 4.5 GB/s where cudaHostAlloc gave 1.8. Where the
+# older name PYTORCH_CUDA_ALLOC_CONF is set too, torch reads that alone: ours must not hide someone's own.
+PINNING = {"PYTORCH_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"}
 
 
 class ConfigError(ValueError):

@@ -1,10 +1,13 @@
 """EngineConfig says no to what it does not know and to what cannot be."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import PINNING, ConfigError, EngineConfig
 
 
 def test_defaults_are_valid() -> None:
@@ -42,3 +45,15 @@ def test_a_bad_value_is_an_error_that_names_its_key(key: str, value: Any, expect
     assert caught.value.key == key
     assert caught.value.expected.startswith(expected)
     assert caught.value.got is value
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_environment_says_of_memory_is_what_torch_reads(name: str) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch._C._accelerator_getAllocatorSettings())"],
+        env={**PINNING, **os.environ, name: "max_split_size_mb:64"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "max_split_size_mb:64"
