@@ -194,10 +194,10 @@ def _load_tensors(wanted: list[tuple[Path, TensorSpec, Tensor]]) -> list[bytes]:
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig from config.json and generation_config.json. Raises ModelError subclasses."""
     raw = _read_json(folder / "config.json")
-    architecture = (raw.get("architectures") or [raw.get("model_type", "none named")])[0]
+    architecture = _architecture(raw)
     family = ARCHITECTURES.get(architecture)
     if family is None:
-        raise UnknownArchitecture(str(architecture))
+        raise UnknownArchitecture(architecture)
     _refuse_unsupported(raw, family)
     hidden, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
     layers = _size(raw, "num_hidden_layers")
@@ -229,6 +229,14 @@ def read_config(folder: Path) -> ModelConfig:
     if config.head_dim % 2:
         raise UnsupportedModel("head_dim", "an even number", config.head_dim)
     return config
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    """The one that is named, else that of the family, by which transformers goes."""
+    if named := raw.get("architectures"):
+        return str(named[0])
+    kind = raw.get("model_type", "none named")
+    return next((name for name, family in ARCHITECTURES.items() if family == kind), str(kind))
 
 
 def _refuse_unsupported(raw: dict[str, Any], family: str) -> None:

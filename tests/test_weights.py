@@ -181,6 +181,20 @@ def test_a_mistral_slides_in_the_layers_it_names(tmp_path: Path, full: tuple[int
         assert (ours.decoder.logits(hidden) - theirs(ids[None]).logits[0]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("named", [None, []])
+def test_a_config_that_names_no_architecture_has_that_of_its_family(
+    tmp_path: Path, family: str, named: list[str] | None
+) -> None:
+    save_random(tmp_path, FAMILIES[family]())
+    before = load_model(tmp_path).base_hash
+    edit_config(tmp_path, architectures=named)
+    assert load_model(tmp_path).base_hash == before
+    edit_config(tmp_path, model_type="gpt2")
+    with pytest.raises(UnknownArchitecture, match="got gpt2"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     "architecture", ["GPT2LMHeadModel", "Qwen3MoeForCausalLM", "LlamaForSequenceClassification"]
 )
