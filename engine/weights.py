@@ -241,6 +241,8 @@ def _architecture(raw: dict[str, Any]) -> str:
 
 def _refuse_unsupported(raw: dict[str, Any], family: str) -> None:
     expected = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None}
+    if raw.get("hidden_act") == "swish":  # another name of silu
+        del expected["hidden_act"]
     if family != "qwen2":  # its bias on q, k and v needs no flag
         expected["attention_bias"] = False
     for field, value in expected.items():

@@ -181,6 +181,14 @@ def test_a_mistral_slides_in_the_layers_it_names(tmp_path: Path, full: tuple[int
         assert (ours.decoder.logits(hidden) - theirs(ids[None]).logits[0]).abs().max() < 1e-4
 
 
+def test_an_activation_may_have_its_other_name(folder: Path) -> None:
+    before = load_model(folder).base_hash
+    edit_config(folder, hidden_act="swish")
+    same = transformers.AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.act_fn
+    assert torch.equal(same(torch.arange(-9.0, 9.0)), torch.nn.functional.silu(torch.arange(-9.0, 9.0)))
+    assert load_model(folder).base_hash == before
+
+
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("named", [None, []])
 def test_a_config_that_names_no_architecture_has_that_of_its_family(
