@@ -130,6 +130,9 @@ class Failure(msgspec.Struct, frozen=True, tag="failure"):
 
 FromEngine = Welcome | Refused | Events | Answer | Failure
 
+# What msgspec raises for bytes that it cannot read; the last for what is nested too deep.
+_NOT_READ = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _encoder = msgspec.msgpack.Encoder()
 _from_gateway = msgspec.msgpack.Decoder(FromGateway)
 _from_engine = msgspec.msgpack.Decoder(FromEngine)
@@ -145,7 +148,7 @@ def decode_from_gateway(body: bytes) -> FromGateway:
     """Raises FrameError, which names the field that is wrong."""
     try:
         message: FromGateway = _from_gateway.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _NOT_READ as error:
         raise FrameError(f"message: {error}") from error
     return message
 
@@ -153,7 +156,7 @@ def decode_from_gateway(body: bytes) -> FromGateway:
 def decode_from_engine(body: bytes) -> FromEngine:
     try:
         message: FromEngine = _from_engine.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _NOT_READ as error:
         raise FrameError(f"message: {error}") from error
     return message
 

@@ -355,6 +355,7 @@ async def last_words(reader: asyncio.StreamReader) -> wire.FromEngine:
 
 
 HELLO = wire.encode(wire.Hello(wire.PROTOCOL, "raw"))
+NESTED = b"\x81\xa1x" + 10_000 * b"\x91" + b"\xc0"  # {"x": [[[ … ]]]}
 
 
 @pytest.mark.parametrize(
@@ -365,9 +366,10 @@ HELLO = wire.encode(wire.Hello(wire.PROTOCOL, "raw"))
         (wire.encode(wire.GetStats(1)), "malformed_frame"),
         (HELLO + HELLO, "malformed_frame"),
         (HELLO + struct.pack(">I", 5) + b"junk!", "malformed_frame"),
+        (struct.pack(">I", len(NESTED)) + NESTED, "malformed_frame"),
         (HELLO + struct.pack(">I", 1 << 30), "frame_too_large"),
     ],
-    ids=["version", "nameless", "no hello", "two hellos", "junk", "oversize"],
+    ids=["version", "nameless", "no hello", "two hellos", "junk", "nested", "oversize"],
 )
 async def test_a_bad_frame_closes_its_connection_and_no_other(
     world: World, start: Start, sent: bytes, code: str
