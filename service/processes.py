@@ -130,6 +130,7 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, answer on the engine's socket. Raises ModelUnusable, SettingsError."""
     import torch
 
+    from engine.config import ConfigError
     from engine.engine import Engine
     from engine.lending import Lender
     from engine.server import serve
@@ -152,7 +153,10 @@ async def run_engine(settings: Settings, stop: asyncio.Event) -> None:
             )
         memory = torch.cuda.mem_get_info() if device == "cuda" else None
         config = engine_config(settings, device, dtype, memory)
-        engine = Engine(config, model, settings.adapter_root)
+        try:
+            engine = Engine(config, model, settings.adapter_root)
+        except ConfigError as error:  # the one thing that depends on the model
+            raise SettingsError("ATTUNE_ARENA_MB", str(error)) from None
         log.info("engine.loaded", model=settings.shown_model, device=device, dtype=dtype)
         if lender is not None:
             lender.lend(model)

@@ -1,13 +1,15 @@
 """Settings: where they come from, what they refuse, and the files they stand for."""
 
+import asyncio
 import gc
 import os
 import stat
 from pathlib import Path
 
 import pytest
+import transformers
 
-from service.processes import engine_config, out_of_collections
+from service.processes import engine_config, out_of_collections, run_engine
 from service.settings import (
     LONGEST_SOCKET_PATH,
     Settings,
@@ -16,6 +18,7 @@ from service.settings import (
     read_or_create_secret,
     token_key,
 )
+from tests.tiny_models import save_random
 
 
 def test_a_flag_is_stronger_than_the_environment_and_that_than_the_default() -> None:
@@ -150,3 +153,18 @@ def test_collections_do_not_look_at_what_a_process_has_loaded_until_it_ends() ->
     with out_of_collections():
         assert gc.get_freeze_count() > 10_000
     assert gc.get_freeze_count() == 0
+
+
+async def test_an_arena_too_small_for_the_model_is_told_by_its_setting(tmp_path: Path) -> None:
+    shape = transformers.LlamaConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        head_dim=4100,
+    )
+    save_random(tmp_path / "model", shape)
+    settings = Settings(data=tmp_path / "data", model=str(tmp_path / "model"), device="cpu", arena_mb=16)
+    with pytest.raises(SettingsError, match="ATTUNE_ARENA_MB: arena_bytes: expected at least two slabs"):
+        await run_engine(settings, asyncio.Event())
