@@ -258,8 +258,9 @@ def _rope(raw: dict[str, Any], family: str) -> RopeConfig:
         raise UnsupportedModel("rope_parameters", "an object", parameters)
     theta = _number(parameters, "rope_theta", _number(raw, "rope_theta", 10_000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModel("partial_rotary_factor", 1.0, parameters.get("partial_rotary_factor"))
+    rotated = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if rotated != 1.0:
+        raise UnsupportedModel("partial_rotary_factor", 1.0, rotated)
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":

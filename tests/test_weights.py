@@ -241,6 +241,12 @@ def test_a_feature_that_is_not_served_is_refused_by_name(folder: Path, change: d
     assert caught.value.field in {*change, "rope_type", "partial_rotary_factor", "factor", "rope_theta"}
 
 
+def test_a_part_that_is_rotated_is_told_wherever_the_config_has_it(folder: Path) -> None:
+    edit_config(folder, partial_rotary_factor=0.5)
+    with pytest.raises(UnsupportedModel, match=r"partial_rotary_factor: expected 1\.0, got 0\.5"):
+        load_model(folder)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save_random(tmp_path, FAMILIES["llama2"](), max_shard_size="40KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
