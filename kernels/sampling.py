@@ -157,7 +157,8 @@ def _cut(
         share = ((1.0 - top_p.to(tl.float64)) * whole / vocab * 0.5).to(tl.float32)
         rough_least = tl.maximum(tl.where(stage == 1, tl.maximum(min_p, share), 0.0), _LEAST_P)
         lowest = peak + (tl.log2(rough_least) - 0.01) / steepness
-        low = tl.maximum(key, _key(lowest, SHIFT))
+        # One below, as `lowest` may round to the peak: its tokens were then counted as many as there may be.
+        low = tl.maximum(key, _key(lowest, SHIFT) - 1)
         high = highest
         while low < high:
             middle = _middle(low, high)

@@ -142,6 +142,17 @@ def test_of_equal_logits_those_of_the_lowest_ids_are_kept(device: str, one: dict
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [1e-9, 1e-30])
+def test_top_p_is_a_share_of_what_there_is_however_much_top_k_would_keep(
+    device: str, temperature: float
+) -> None:
+    logits = random_logits(1, 50, 1.0, torch.float32).expand(8, 50).clone()
+    logits[:, [11, 30]] = 9.0  # at this temperature the only two, of half the mass each
+    rows = Rows.of(*({"temperature": temperature, "top_k": 40, "top_p": 0.5, "seed": s} for s in range(8)))
+    assert drawn(logits, rows, device) == expected(logits, rows) == [11] * 8
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_row_looked_at_in_several_parts(device: str) -> None:
     logits = random_logits(3, 300, 0.5, torch.bfloat16, seed=2)
     rows = Rows.of(*[{"top_p": 0.95, "seed": 1}, {"top_k": 200, "seed": 2}, {"min_p": 0.1, "seed": 4}])
