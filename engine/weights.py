@@ -346,7 +346,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise MissingFile(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MissingFile(path, f"expected a JSON object ({error})") from error
     if not isinstance(value, dict):
         raise MissingFile(path, f"expected a JSON object, got a {type(value).__name__}")

@@ -300,6 +300,13 @@ def test_an_end_token_that_is_no_id_is_refused_with_its_file(folder: Path, file:
         load_model(folder)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", 100_000 * "["])
+def test_a_config_that_is_no_object_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(MissingFile, match="expected a JSON object"):
+        load_model(folder)
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"config\.json"):
         load_model(tmp_path)
