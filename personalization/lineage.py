@@ -31,12 +31,23 @@ def marks(records: Sequence[VersionRecord], learnable: Collection[str]) -> dict[
     return {each.version: gone[each.version] for each in records if each.accepted and gone[each.version]}
 
 
+def stand_ins(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> list[int]:
+    """The versions that may answer in place of the serving one, the newest first: its parent, and that
+    one's, as far as they are not marked. Each was to do better than its parent, so these answered before it;
+    one that was taken back, by hand or on trial, is nobody's parent unless the person came back to it."""
+    by_version = {record.version: record for record in records}
+    marked = marks(records, learnable)
+    found: list[int] = []
+    record = by_version.get(serving)
+    while record is not None and (record := by_version.get(record.parent)) is not None:
+        if record.accepted and record.version not in marked:
+            found.append(record.version)
+    return found
+
+
 def clean(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> int:
     """The version that answers if nothing better comes, and that the next one is judged against: the serving
-    one, or when that is marked the newest published one below it that is not, nor was rolled back; 0, the
-    base, when there is none."""
-    marked = marks(records, learnable)
-    if serving not in marked:
+    one, or when that is marked the newest that may stand in for it; 0, the base, when there is none."""
+    if serving not in marks(records, learnable):
         return serving
-    unmarked = (each.version for each in records if each.usable and each.version not in marked)
-    return max((version for version in unmarked if version < serving), default=0)
+    return next(iter(stand_ins(records, learnable, serving)), 0)

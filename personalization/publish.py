@@ -75,8 +75,9 @@ class UnknownVersion(PublishError, LookupError):
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a version comes from; attune.json beside the weights. `parent` is the version it was judged
-    against (0: none), `population` the population adapter that it began with (0: none), `numbers` are the
-    gate's, `turn_ids` what it learned from, `seed` None for an imported one."""
+    against, of an imported one the version it took the place of (0: none), `population` the population
+    adapter that it began with (0: none), `numbers` are the gate's, `turn_ids` what it learned from, `seed`
+    None for an imported one."""
 
     base_model: str
     base_hash: str
@@ -183,7 +184,8 @@ async def import_adapter(
     DiskFull, Superseded."""
     before = await store.pointer(user)
     weights = await asyncio.to_thread(read_adapter, folder, shelf.config)
-    origin = Origin(base_model, base_hash, datetime.now(UTC), f"imported from {folder.name}")
+    said = f"imported from {folder.name}"
+    origin = Origin(base_model, base_hash, datetime.now(UTC), said, parent=before.version)
     return await publish(shelf, store, user, weights, origin, before)
 
 

@@ -139,11 +139,6 @@ class VersionRecord:
     population: int = 0
     anew: bool = False
 
-    @property
-    def usable(self) -> bool:
-        """Whether it may answer without being asked for by number: published, and not rolled back."""
-        return self.accepted and (self.trial is None or self.trial.outcome != "rolled back")
-
 
 @dataclass(frozen=True, slots=True)
 class Standing:

@@ -20,6 +20,7 @@ from msgspec import UNSET
 from engine.client import EngineClient, EngineError, EngineLost
 from engine.request import AdapterRef, FinishedEvent, InvalidRequest, SamplingParams
 from personalization.history import InvalidTurn, Turn, served_turns
+from personalization.lineage import stand_ins
 from personalization.prompt import Prompt, PromptTooLong, Renderer
 from personalization.store import HistoryForgotten, Pointer, Store, StoreUnavailable, UnknownTurn
 from personalization.trial import TrialPolicy, on_trial, settle
@@ -368,17 +369,17 @@ class Session:
         return model.version
 
     async def _versions_below(self, user: str, bad: int) -> list[int]:
-        """Accepted versions older than a bad one, newest first; none while the store is away. None newer than
-        the one that serves either: those were taken back, or not tried to the end."""
+        """The one that serves and those that may stand in for it, if they are older than a bad one, newest
+        first; none while the store is away. Others were taken back, not tried to the end, or saw what may not
+        be learned any more."""
         try:
             serving = (await self.health.ask(lambda: self.store.pointer(user))).version
             records = await self.health.ask(lambda: self.store.versions(user))
+            learnable = await self.health.ask(lambda: self.store.learned_ids(user))
         except StoreUnavailable:
             return []
-        most = min(bad - 1, serving)
-        return sorted(
-            (record.version for record in records if record.usable and record.version <= most), reverse=True
-        )
+        found = (serving, *stand_ins(records, learnable, serving))
+        return [version for version in found if 0 < version < bad]
 
     async def _conversation(
         self, user: str, conversation: str, recalled: Remembered, *, new: bool

@@ -652,6 +652,29 @@ async def test_a_bad_adapter_is_replaced_by_the_version_before_it(service: TinyS
         assert (await service.store.turn("ann", saved.output[0].id)).version == good
 
 
+async def test_a_bad_adapter_is_not_replaced_by_one_that_saw_what_was_taken_out(service: TinyService) -> None:
+    async with service.gateway() as gateway:
+        good = await service.give_adapter("ann", 1)
+        await service.give_adapter("ann", 2, turn_ids=["taken out"])
+        bad = await service.give_adapter("ann", 3, good=False)
+        served = await gateway.client("ann").responses.create(model="me", input="hi", store=False)
+        assert served.metadata is not None
+        assert f"version {bad} could not be loaded, version {good} answered" in served.metadata["notice"]
+
+
+async def test_a_bad_adapter_is_not_replaced_by_one_that_the_person_went_back_from(
+    service: TinyService,
+) -> None:
+    async with service.gateway() as gateway:
+        good = await service.give_adapter("ann", 1)
+        left = await service.give_adapter("ann", 2)
+        assert await service.store.compare_and_set("ann", left, good)
+        bad = await service.give_adapter("ann", 3, good=False)
+        served = await gateway.client("ann").responses.create(model="me", input="hi", store=False)
+        assert served.metadata is not None
+        assert f"version {bad} could not be loaded, version {good} answered" in served.metadata["notice"]
+
+
 async def test_without_any_good_version_the_base_answers(service: TinyService) -> None:
     async with service.gateway() as gateway:
         await service.give_adapter("ann", 2, good=False)

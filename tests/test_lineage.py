@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from personalization.lineage import clean, marks, seen
+from personalization.lineage import clean, marks, seen, stand_ins
 from personalization.store import VersionRecord
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -54,6 +54,16 @@ def test_a_version_above_the_serving_one_does_not_answer_the_person_went_back_fr
     records = [*CHAIN, record(5, 0, "g")]
     assert clean(records, "abdefg", 4) == 1
     assert clean(records, "bcdefg", 2) == 0
+
+
+def test_a_version_that_was_gone_back_from_by_hand_does_not_return_when_a_later_one_is_marked():
+    tried = [record(1, 0, "a", anew=True), record(2, 1, "ab", anew=True), record(3, 2, "abc", anew=True)]
+    records = [*tried, record(4, 1, "abd", anew=True), record(5, 4, "abde", anew=True)]  # back from 3 to 1
+    assert clean(records, "abcd", 5) == 4
+    assert clean(records, "abc", 5) == 1
+    assert stand_ins(records, "abcde", 5) == [4, 1]
+    assert stand_ins(records, "abcde", 3) == [2, 1]  # and forward again
+    assert clean([*tried, record(4, 0, "abd", anew=True)], "abc", 4) == 0  # back from 3 to the base
 
 
 def test_a_version_without_a_parent_is_clean_of_what_others_saw():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from engine.adapter_files import AdapterError, LoraModule, LoraWeights, NotFinite, read_adapter, write_adapter
 from personalization import publish as room
 from personalization.history import Turn
+from personalization.lineage import stand_ins
 from personalization.publish import DiskFull, Origin, Shelf, Superseded, UnknownVersion
 from personalization.store import HistoryForgotten, Store
 from tests.small_model import CONFIG
@@ -265,6 +266,8 @@ async def test_any_peft_folder_can_be_imported_as_the_next_version(shelf, store,
     assert record.reason == "imported from theirs"
     stored = load_file(shelf.root / store.adapter_id("ann") / "1" / "adapter_model.safetensors")
     assert len(stored) == 4
+    await room.import_adapter(shelf, store, "ann", tmp_path / "theirs", base_model="demo", base_hash="abc")
+    assert stand_ins(await store.versions("ann"), set(), 2) == [1]
 
 
 async def test_removing_a_persons_versions_leaves_the_others(shelf, store):

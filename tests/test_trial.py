@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from engine.adapter_files import version_folder, write_adapter
 from personalization.history import Turn
+from personalization.lineage import stand_ins
 from personalization.store import Pointer, Store, Trial, TrialEnd, VersionRecord, Votes
 from personalization.trial import Tally, TrialPolicy, above, decide, on_trial, settle
 from service.session import SessionOptions
@@ -177,7 +178,9 @@ async def test_ratings_that_fall_end_the_trial_and_the_version_before_answers_al
     assert (pointer.version, pointer.trial) == (1, None)
     one, two = await store.versions("ann")
     assert (one.trial, two.trial) == (None, end)
-    assert (one.usable, two.usable, two.accepted) == (True, False, True)
+    assert two.accepted
+    three = VersionRecord(3, 1, NOW, True, "better", {}, 1, ("gone",), anew=True)
+    assert stand_ins([one, two, three], set(), 3) == [1]
     assert await settle(store, "ann", POLICY, datetime.now(UTC)) is None
 
 
