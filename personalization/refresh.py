@@ -211,8 +211,8 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     hindrance = _hindrance(lesson, rival, kit.policy)
     if hindrance is not None:
         reason, code = hindrance
-        if code is None:
-            await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
+        # Else an archive of old turns would ask for a refresh at every word, each as futile as this one.
+        await kit.store.mark_refreshed(user, lesson.known, epoch=pointer.epoch)
         if clean != pointer.version:
             return await _leave(user, pointer, clean, kit, reason)
         state = "completed" if code is None else "failed"
@@ -317,8 +317,8 @@ async def _conclude(prepared: _Prepared, judged: Judged, kit: Kit) -> Outcome:
 @dataclass(frozen=True, slots=True)
 class Lesson:
     """Rows to train on and to judge by, and the turns learned in the first. `newest`: the turns held out, as
-    rows to learn from when they have judged. `all_turns`: all that there are to learn; `new`: how many of
-    them the rival does not know."""
+    rows to learn from when they have judged. `all_turns`: all that there are to learn; `known`: those of
+    them that are not new to the rival."""
 
     train: list[Example]
     gate: list[Example]
@@ -326,7 +326,11 @@ class Lesson:
     trained_turns: tuple[str, ...]
     newest_turns: tuple[str, ...]
     all_turns: tuple[str, ...]
-    new: int
+    known: tuple[str, ...]
+
+    @property
+    def new(self) -> int:
+        return len(self.all_turns) - len(self.known)
 
 
 def choose(turns: Sequence[Turn], seen: Collection[str], renderer: Renderer, policy: RefreshPolicy) -> Lesson:
@@ -346,8 +350,8 @@ def choose(turns: Sequence[Turn], seen: Collection[str], renderer: Renderer, pol
     trained_turns = tuple(turn.id for turn in older if learned(turn))
     newest_turns = tuple(turn.id for turn in latest if turn.id in newest)
     all_turns = (*held.train, *held.newest)
-    new = len(set(all_turns) - known)
-    return Lesson(train, gate, newest_rows, trained_turns, newest_turns, all_turns, new)
+    not_new = tuple(turn_id for turn_id in all_turns if turn_id in known)
+    return Lesson(train, gate, newest_rows, trained_turns, newest_turns, all_turns, not_new)
 
 
 def _known(turns: Sequence[Turn], seen: Collection[str], policy: RefreshPolicy) -> frozenset[str]:

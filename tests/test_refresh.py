@@ -755,6 +755,20 @@ async def test_a_long_history_waits_for_new_turns_too(kit: Kit, store: Store):
 
 
 @on_one_loop
+async def test_old_turns_that_are_not_new_to_anyone_do_not_ask_for_a_refresh_again_and_again(
+    kit: Kit, store: Store
+):
+    few = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, most_turns=30))
+    await store.append("ann", talk("ann", 40, first=100))
+    assert (await run(["ann"], few))[0]["ann"].published
+    await store.append("ann", talk("ann", 100))  # an archive of what was said long before
+    await store.append("ann", talk("ann", 3, first=140))
+    ended, _ = await run(["ann"], few)
+    assert ended["ann"].reason == "not enough new turns since version 1: 3 of 8 to learn from"
+    assert await store.learned_since_refresh("ann") == 3
+
+
+@on_one_loop
 async def test_what_only_a_refused_version_saw_is_new_and_judges_the_next_one(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
     await run(["ann"], kit)
