@@ -93,10 +93,13 @@ def learned(turn: Turn) -> bool:
 
 
 def effective(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns as they should have been: a corrected turn gives its place to its newest correction.
-    A correction whose original is not among the turns stays where it is."""
+    """The turns as they should have been: a corrected turn gives its place to its newest correction, which is
+    the last one that no other has removed: those that were brought along may bear any time. A correction
+    whose original is not among the turns stays where it is."""
     present = {turn.id for turn in turns}
-    newest = {turn.corrects: turn for turn in turns if turn.corrects in present}
+    corrections = [turn for turn in turns if turn.corrects in present]
+    corrections.sort(key=lambda turn: not turn.removed)  # of equals the last one stays the last
+    newest = {turn.corrects: turn for turn in corrections}
     said = []
     for turn in turns:
         if turn.corrects in present:

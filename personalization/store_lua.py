@@ -102,10 +102,12 @@ for i = 4, #ARGV, 8 do
     if ARGV[i + 5] ~= '' then redis.call('HSET', ratings, id, ARGV[i + 5]) end
     if ARGV[i + 6] ~= '' then redis.call('HSET', removed, id, 'person') end
     if original ~= '' then
-      local before = redis.call('HGET', corrections, original) or original
-      for _, old in ipairs({original, before}) do
+      local old, passed = original, {}  -- a file may hold turns that correct each other
+      while old and not passed[old] do
+        passed[old] = true
         redis.call('HSETNX', removed, old, 'corrected')
         settle(old)
+        old = redis.call('HGET', corrections, old)
       end
       redis.call('HSET', corrections, original, id)
     end

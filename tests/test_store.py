@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from personalization.history import InvalidTurn, Turn, learned
+from personalization.history import InvalidTurn, Turn, effective, learned
 from personalization.store import (
     APPEND_BATCH,
     EventsExpired,
@@ -155,6 +155,40 @@ async def test_a_second_correction_replaces_the_first_even_when_made_of_the_firs
     assert second.corrects == "b"
     assert [each.id for each in await store.turns("ann") if learned(each)] == [second.id]
     assert await store.learned_count("ann") == 1
+
+
+@pytest.mark.parametrize("late", ["made here", "brought in"])
+async def test_the_newest_correction_is_the_one_that_came_last_whatever_its_time(
+    store: Store, late: str
+) -> None:
+    brought = reply("first", 5, author="person", corrects="b")
+    await store.append("ann", [turn("a"), reply("b", 1), brought])
+    if late == "made here":
+        newest = (await store.correct("ann", "b", "best")).id  # in the place of what it corrects
+    else:
+        await store.append("ann", [reply("second", 3, author="person", corrects="b")])
+        newest = "second"
+    said = await store.turns("ann")
+    assert [each.id for each in said if learned(each)] == ["a", newest]
+    assert ids(effective(said)) == ["a", newest]
+    assert await store.learned_count("ann") == 2
+
+
+async def test_a_correction_takes_the_place_of_all_there_were_of_corrections_too(store: Store) -> None:
+    first = reply("first", 2, author="person", corrects="b")
+    second = reply("second", 3, author="person", corrects="first")
+    await store.append("ann", [reply("b", 1), first, second])
+    newest = (await store.correct("ann", "b", "best of all")).id
+    said = await store.turns("ann")
+    assert [each.id for each in said if learned(each)] == ids(effective(said)) == [newest]
+    assert await store.learned_count("ann") == 1
+
+
+async def test_turns_that_correct_each_other_hold_nobody_up(store: Store) -> None:
+    around = [reply(name, author="person", corrects=other) for name, other in ("bc", "cb", "dd")]
+    later = [reply(f"of {name}", 1, author="person", corrects=name) for name in "bcd"]
+    assert await store.append("ann", [*around, *later]) == 6
+    assert [each.id for each in await store.turns("ann") if learned(each)] == ["of c", "of d"]
 
 
 async def test_a_correction_of_who_is_forgotten_meanwhile_is_not_kept(store: Store, redis: Redis) -> None:
