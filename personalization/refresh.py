@@ -208,6 +208,14 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     rival = clean if clean and await _loads(kit, adapter_id, clean) else 0
     seen = lineage.seen(records, rival)
     lesson = await asyncio.to_thread(choose, turns, seen, kit.renderer, kit.policy)
+    if pointer.trial is not None and clean == pointer.version:
+        tried = pointer.trial.version
+        known = _known(turns, lineage.seen(records, tried), kit.policy)
+        # The same again would only begin its trial anew.
+        if known.issuperset(lesson.all_turns) and await _loads(kit, adapter_id, tried):
+            await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
+            reason = f"nothing new to learn since version {tried}, which is on trial"
+            return Outcome(user, "completed", before=clean, after=clean, reason=reason)
     hindrance = _hindrance(lesson, rival, kit.policy)
     if hindrance is not None:
         reason, code = hindrance

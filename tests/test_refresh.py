@@ -459,6 +459,26 @@ async def test_a_new_version_goes_on_trial_where_that_is_wanted(kit: Kit, store:
 
 
 @on_one_loop
+async def test_a_trial_is_not_begun_anew_by_who_asks_again_with_nothing_new(kit: Kit, store: Store):
+    trying = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, trial_share=0.25))
+    await store.append("ann", talk("ann", 40))
+    assert (await run(["ann"], trying))[0]["ann"].trial
+    before = await store.pointer("ann")
+    ended, _ = await run(["ann"], trying)
+    outcome = ended["ann"]
+    assert (outcome.state, outcome.published, outcome.trial) == ("completed", False, False)
+    assert outcome.reason == "nothing new to learn since version 1, which is on trial"
+    assert await store.pointer("ann") == before
+    assert len(await store.versions("ann")) == 1
+    await store.append("ann", talk("ann", 20, first=40))
+    assert (await run(["ann"], trying))[0]["ann"].trial
+    assert (await store.versions("ann"))[0].trial.outcome == "replaced"
+    (kit.shelf.root / store.adapter_id("ann") / "2" / "adapter_model.safetensors").write_bytes(b"broken")
+    assert (await run(["ann"], trying))[0]["ann"].trial
+    assert (await store.pointer("ann")).answering == {0, 3}
+
+
+@on_one_loop
 async def test_a_version_that_saw_what_was_taken_out_is_left_even_for_nothing_better(kit: Kit, store: Store):
     await store.append("ann", talk("ann", 40))
     await run(["ann"], kit)
