@@ -203,13 +203,20 @@ def remove_versions(root: Path, adapter_id: str) -> Removed:
 
 async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
     """Remove what crashes left under the adapter root: folders being written, versions without a record,
-    people who are gone. Lost records come back (`recorded_versions`). Returns how many folders went."""
+    people who are gone. Lost records come back (`recorded_versions`). Returns how many folders went.
+
+    A store that never heard of anyone here is not the one that these adapters belong to: another Redis, or
+    one that lost its file. Then nothing is removed."""
     if not shelf.root.is_dir():
         return 0
     before = (time.time() if now is None else now) - LEFTOVER_AFTER_S
+    people = sorted(path for path in shelf.root.iterdir() if path.is_dir())
+    if people and not await store.ever_knew([person.name for person in people]):
+        log.warning("versions.of_nobody", folder=str(shelf.root), people=len(people))
+        return 0
     users = {store.adapter_id(user): user async for user in store.users()}
     removed = 0
-    for person in sorted(path for path in shelf.root.iterdir() if path.is_dir()):
+    for person in people:
         known = await _known_versions(shelf, store, users.get(person.name))
         for folder in [*person.iterdir(), person]:
             keep = any(person.iterdir()) if folder == person else folder.name in known

@@ -315,6 +315,14 @@ class Store:
             if cursor == 0:
                 return
 
+    async def ever_knew(self, adapter_ids: Sequence[str]) -> bool:
+        """Whether any of these ever had a version here, forgotten or not."""
+        for start in range(0, len(adapter_ids), READ_BATCH):
+            lives = [lua.life_key(each) for each in adapter_ids[start : start + READ_BATCH]]
+            if await self._ask(self._redis.exists(*lives)):
+                return True
+        return False
+
     # The adapter
 
     async def pointer(self, user: str) -> Pointer:

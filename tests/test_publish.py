@@ -296,6 +296,22 @@ async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store):
     assert [path.name for path in shelf.root.iterdir()] == [person.name]
 
 
+async def test_tidying_removes_nothing_when_the_store_is_not_the_one_of_these_adapters(shelf, store, redis):
+    """As with another Redis' address, or one whose file was lost."""
+    await known(store)
+    await room.publish(shelf, store, "ann", weights(), ORIGIN, await store.pointer("ann"))
+    later = time.time() + timedelta(hours=2).total_seconds()
+    await redis.flushdb()
+    assert await room.tidy(shelf, store, now=later) == 0
+    assert on_disk(shelf) == ["1"]
+    # But who was forgotten is known to have been there, if nobody else is.
+    await known(store)
+    await store.next_version("ann")
+    await store.forget("ann")
+    assert await room.tidy(shelf, store, now=later) == 2
+    assert on_disk(shelf) == []
+
+
 async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shelf, store):
     adapter_id = await known(store)
     folder = shelf.root / adapter_id / "1"
