@@ -218,8 +218,8 @@ async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
     removed = 0
     for person in people:
         known = await _known_versions(shelf, store, users.get(person.name))
-        for folder in [*person.iterdir(), person]:
-            keep = any(person.iterdir()) if folder == person else folder.name in known
+        for folder in [*_inside(person), person]:
+            keep = bool(_inside(person)) if folder == person else folder.name in known
             if not keep and _changed_at(folder) < before:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 removed += 1
@@ -251,6 +251,13 @@ async def _known_versions(shelf: Shelf, store: Store, user: str | None) -> set[s
     pointer = await store.pointer(user)
     known = {record.version for record in await recorded_versions(shelf, store, user, pointer)}
     return {str(version) for version in known | pointer.answering}
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:  # its person was forgotten meanwhile
+        return []
 
 
 def _changed_at(path: Path) -> float:

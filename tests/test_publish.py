@@ -14,7 +14,8 @@ from personalization import publish as room
 from personalization.history import Turn
 from personalization.lineage import stand_ins
 from personalization.publish import DiskFull, Origin, Shelf, Superseded, UnknownVersion
-from personalization.store import HistoryForgotten, Store
+from personalization.store import HistoryForgotten, Pointer, Store
+from tests.redis_fixture import SECRET
 from tests.small_model import CONFIG
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -294,6 +295,22 @@ async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store):
     assert await room.tidy(shelf, store, now=later) == 4
     assert on_disk(shelf) == ["1"]
     assert [path.name for path in shelf.root.iterdir()] == [person.name]
+
+
+async def test_someone_forgotten_while_folders_are_tidied_stops_nothing(shelf, store, redis):
+    class ForgottenMeanwhile(Store):
+        async def pointer(self, user: str) -> Pointer:
+            room.remove_versions(shelf.root, self.adapter_id("ann"))
+            room.remove_versions(shelf.root, self.adapter_id("bob"))
+            return await super().pointer(user)
+
+    for user in ("ann", "bob", "cat"):
+        await known(store, user)
+        await room.publish(shelf, store, user, weights(), ORIGIN, await store.pointer(user))
+    (shelf.root / store.adapter_id("cat") / "7").mkdir()
+    later = time.time() + timedelta(hours=2).total_seconds()
+    assert await room.tidy(shelf, ForgottenMeanwhile(redis, SECRET), now=later) == 1
+    assert [path.name for path in shelf.root.iterdir()] == [store.adapter_id("cat")]
 
 
 async def test_tidying_removes_nothing_when_the_store_is_not_the_one_of_these_adapters(shelf, store, redis):
