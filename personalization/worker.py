@@ -415,8 +415,12 @@ def _nightly(settings: WorkerSettings) -> list[CronJob[Any]]:
     if settings.nightly_hour is None:
         return []
     cron = f"0 {settings.nightly_hour} * * *"
-    beat = JobPolicy().heartbeat
-    return [CronJob(run_nightly, cron=cron, timeout=NIGHT_S, heartbeat=beat, ttl=WEEK_S)]
+    jobs = JobPolicy()
+    return [
+        CronJob(
+            run_nightly, cron, timeout=NIGHT_S, heartbeat=jobs.heartbeat, retries=jobs.retries, ttl=WEEK_S
+        )
+    ]
 
 
 def _queue_client(url: str) -> Redis:

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from saq import Job, Status
 
 from engine.weights import read_config
+from personalization import worker
 from personalization.gate import GatePolicy
 from personalization.jobs import (
     JobPolicy,
@@ -779,6 +780,28 @@ async def test_the_night_asks_for_whose_version_came_of_one_that_saw_what_was_ta
     await store.compare_and_set("ann", 3, 0)
     await cancel_jobs(queue, store, "ann")
     assert await ask_tonight(context) == 0
+
+
+async def test_a_night_that_the_store_was_away_for_a_moment_in_is_gone_through_again(
+    settings: WorkerSettings, queue: RefreshQueue, monkeypatch: pytest.MonkeyPatch
+):
+    asked = 0
+
+    async def away_at_first(context: dict[str, Any]) -> int:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise StoreUnavailable("away")
+        return 0
+
+    async def again() -> bool:
+        return asked == 2
+
+    monkeypatch.setattr(worker, "ask_tonight", away_at_first)
+    async with working(dataclasses.replace(settings, nightly_hour=3)):
+        job = await until(lambda: queue.job("cron:run_nightly"))
+        await queue.client.zadd(queue._incomplete, {job.id: 1})  # it is three o'clock
+        await until(again, seconds=30)
 
 
 async def test_the_night_begins_at_its_hour_after_the_clocks_were_put_forward_too(
