@@ -164,10 +164,10 @@ class Trainer:
         finished = False
         try:
             process = await self._start()
+            await self.base_hash()  # nothing is read before that: a batch would wait for one that hangs
             assert process.stdin is not None
             process.stdin.write(_frame(request))
             await process.stdin.drain()
-            await self.base_hash()
             while (message := await self._receive(process))["kind"] != "done":
                 if message["kind"] != "alive":
                     yield _unpack_event(message)

@@ -584,6 +584,19 @@ async def test_a_process_killed_in_the_middle_of_a_batch_is_said(trainer: Traine
     assert trainer.pid is None
 
 
+@on_one_loop
+async def test_a_process_that_hangs_before_it_reads_its_batch_is_said(folder: Path):
+    hung = Trainer(TrainerSettings(folder, threads=1, device="cpu", silence_s=0.5))
+    await hung.warm()
+    assert hung.pid is not None
+    os.kill(hung.pid, signal.SIGSTOP)
+    rows = [Example((1,) * 10_000, (True,) * 10_000)] * 40  # more than a pipe takes
+    batch = hung.run([Task("ann", rows, [], None, 1)], POLICY.recipe, POLICY.gate)
+    with pytest.raises(TrainerDied, match="silent for"):
+        await asyncio.wait_for(anext(batch), 20)
+    assert hung.pid is None
+
+
 def test_who_judges_long_or_learns_long_after_the_verdict_is_heard_of(
     folder: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ):
