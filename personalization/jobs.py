@@ -67,9 +67,11 @@ end
 
 @dataclass(frozen=True, slots=True)
 class JobPolicy:
-    """SAQ's settings for one refresh, in seconds. `timeout` counts the wait for a batch too."""
+    """SAQ's settings for one refresh, in seconds. `timeout` counts the wait for a batch too: those whom a
+    worker took from the queue wait for each other, one by one where the model is slow. A worker that died is
+    found by its heart, a training process that hangs by its silence."""
 
-    timeout: int = 3600
+    timeout: int = 24 * 3600
     heartbeat: int = 30
     retries: int = 3
     retry_delay: float = 2.0

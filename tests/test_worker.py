@@ -519,6 +519,14 @@ async def gathering(
         await trainer.stop()
 
 
+def test_nobody_is_given_up_before_their_turn_can_come(settings: WorkerSettings):
+    """Where learning is slow and somebody always asks, those who did not go one by one, now and then."""
+    usual = WorkerSettings(settings.data, settings.redis_url, settings.model_folder, "small", SECRET)
+    in_line = usual.gather_people * usual.background_after_s
+    assert usual.jobs.timeout > in_line
+    assert JobPolicy() == usual.jobs
+
+
 async def test_someone_forgotten_during_training_leaves_nothing_and_the_others_are_served(
     settings: WorkerSettings, queue: RefreshQueue, store: Store, redis: Redis
 ):
