@@ -32,13 +32,14 @@ from personalization.pacing import SHARE
 from personalization.prompt import Renderer
 from personalization.publish import FREE_BYTES_FLOOR, Shelf, tidy
 from personalization.refresh import Kit, Outcome, RefreshPolicy, refresh
-from personalization.store import Store, connect
+from personalization.store import Store, connect, talking_to_redis
 from personalization.trainer import Trainer, TrainerDied, TrainerSettings
 from personalization.trial import TrialPolicy, settle
 from personalization.when import When, due_tonight
 
 log = structlog.get_logger()
 
+NIGHT_KEY = "cron:run_nightly"  # as SAQ names it
 NIGHT_S = 6 * 3600  # for everyone to be looked at: some milliseconds each
 
 
@@ -378,6 +379,7 @@ async def run_worker(settings: WorkerSettings) -> None:
     gathering = asyncio.create_task(gatherer.run())
     try:
         await tidy(kit.shelf, store)
+        await _drop_next_night(queue)
         log.info("worker.ready", model=settings.model_name)
         await worker.start()
     finally:
@@ -409,6 +411,15 @@ async def _kit(settings: WorkerSettings, store: Store) -> Kit:
         clock=lambda: datetime.now(UTC),
         population=settings.data / "population",
     )
+
+
+async def _drop_next_night(queue: RefreshQueue) -> None:
+    """The night that the queue waits for is of the hour set when it was put there: it is put there anew, if
+    there is to be one. One that is due already was missed, and is made up for."""
+    with talking_to_redis():
+        job = await queue.job(NIGHT_KEY)
+        if job is not None and job.scheduled > time.time():
+            await queue.erase(NIGHT_KEY)
 
 
 def _nightly(settings: WorkerSettings) -> list[CronJob[Any]]:

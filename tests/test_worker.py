@@ -812,6 +812,38 @@ async def test_a_night_that_the_store_was_away_for_a_moment_in_is_gone_through_a
         await until(again, seconds=30)
 
 
+@pytest.mark.parametrize("later", [5, None])
+async def test_another_hour_for_the_night_holds_from_the_next_night_on(
+    settings: WorkerSettings, queue: RefreshQueue, later: int | None
+):
+    async with working(dataclasses.replace(settings, nightly_hour=3)):
+        await until(lambda: queue.job("cron:run_nightly"))
+
+    async def moved() -> bool:
+        job = await queue.job("cron:run_nightly")
+        hour = None if job is None else datetime.fromtimestamp(job.scheduled).hour
+        return hour == later
+
+    async with working(dataclasses.replace(settings, nightly_hour=later)):
+        await until(moved, seconds=30)
+
+
+async def test_a_night_that_was_missed_is_made_up_for(
+    settings: WorkerSettings, queue: RefreshQueue, monkeypatch: pytest.MonkeyPatch
+):
+    asked = asyncio.Event()
+
+    async def ask(context: dict[str, Any]) -> int:
+        asked.set()
+        return 0
+
+    monkeypatch.setattr(worker, "ask_tonight", ask)
+    missed = int(time.time()) - 600
+    await queue.enqueue(Job(function="run_nightly", key="cron:run_nightly", scheduled=missed, timeout=600))
+    async with working(dataclasses.replace(settings, nightly_hour=3)):
+        await asyncio.wait_for(asked.wait(), 30)
+
+
 async def test_the_night_begins_at_its_hour_after_the_clocks_were_put_forward_too(
     settings: WorkerSettings, queue: RefreshQueue, monkeypatch: pytest.MonkeyPatch
 ):
