@@ -163,8 +163,9 @@ async def rollback(
     returns the pointer as it was. A trial is over by it, in favour of its version if that is the one.
     Raises UnknownVersion, AdapterError, Superseded."""
     before = before or await store.pointer(user)
+    records = await recorded_versions(shelf, store, user, before)  # of the one that is left too
     if version != 0:
-        record = next((each for each in await store.versions(user) if each.version == version), None)
+        record = next((each for each in records if each.version == version), None)
         if record is None or not record.accepted:
             raise UnknownVersion(version, "this person has none of that number that was ever published")
         folder = version_folder(shelf.root, store.adapter_id(user), version)
@@ -183,6 +184,7 @@ async def import_adapter(
     """Publish any PEFT LoRA folder as the person's next version; the gate is not asked. Raises AdapterError,
     DiskFull, Superseded."""
     before = await store.pointer(user)
+    await recorded_versions(shelf, store, user, before)
     weights = await asyncio.to_thread(read_adapter, folder, shelf.config)
     said = f"imported from {folder.name}"
     origin = Origin(base_model, base_hash, datetime.now(UTC), said, parent=before.version)

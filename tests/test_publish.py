@@ -341,6 +341,25 @@ async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shel
     assert folder.is_dir()
 
 
+@pytest.mark.parametrize("how", ["rolled back", "imported over"])
+async def test_a_version_whose_record_a_crash_cost_can_be_returned_to_after_it_was_left(
+    shelf, store, tmp_path, how
+):
+    adapter_id = await known(store)
+    room.place(shelf.root / adapter_id / "1", weights(), room._meta(1, ORIGIN), CONFIG)
+    assert await store.next_version("ann") == 1
+    assert await store.compare_and_set("ann", 0, 1)  # and then the crash
+    if how == "rolled back":
+        await room.rollback(shelf, store, "ann", 0)
+    else:
+        write_adapter(tmp_path / "a", weights(0.3), CONFIG, base_model="demo", dtype=torch.float32)
+        await room.import_adapter(shelf, store, "ann", tmp_path / "a", base_model="demo", base_hash="abc")
+    await room.tidy(shelf, store, now=time.time() + 7200)
+    await room.rollback(shelf, store, "ann", 1)
+    assert (await store.pointer("ann")).version == 1
+    assert (await store.versions("ann"))[0].turn_ids == ("t1", "t2")
+
+
 @pytest.mark.parametrize("damage", ["[]", "{}", '{"parent": 0', '{"parent": 0, "created_at": 5}'])
 async def test_a_serving_version_whose_file_is_damaged_goes_on_without_a_record(shelf, store, damage):
     folder = shelf.root / await known(store) / "1"
