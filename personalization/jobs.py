@@ -31,6 +31,7 @@ DEAD = "attune:refresh:dead"
 COUNTS = "attune:refresh:counts"
 DEAD_KEPT = 1000
 WEEK_S = 7 * 24 * 3600
+TRIED_AGAIN_AFTER_S = 24 * 3600
 
 # KEYS: the dead letters, the counts. ARGV: a letter, the id of its job, how many are kept.
 _BURY = """
@@ -107,7 +108,8 @@ async def request_refresh(
 ) -> Requested:
     """Ask for a refresh of `user`; a second request while the first is under way joins it, and puts it ahead
     if somebody asks for what nobody had asked for. One for now takes the place of one for later that has not
-    begun.
+    begun. What failed for good is not begun again by the person's next words, but once somebody asks, by the
+    night, or after a day.
 
     `reason`: asked | all | turns | nightly | sample. `scheduled`: epoch seconds from when on it may run, 0
     for now. Raises StoreUnavailable.
@@ -128,6 +130,9 @@ async def request_refresh(
         scheduled=scheduled,
     )
     with talking_to_redis():
+        last = await queue.job(key) if reason == "turns" else None
+        if last is not None and _failed_lately(last):
+            return Requested(str((last.kwargs or {})["job_id"]), "failed")
         queued = await queue.enqueue(job)
         earlier = None if queued else await queue.job(key)
         if earlier is not None and not scheduled and earlier.scheduled > time.time():
@@ -201,6 +206,10 @@ async def tell(store: Store, job: Job, message: dict[str, Any]) -> None:
         return
     except StoreUnavailable as error:
         log.warning("refresh.not_told", reason=error.reason)
+
+
+def _failed_lately(job: Job) -> bool:
+    return job.status == Status.FAILED and time.time() - job.completed / 1000 < TRIED_AGAIN_AFTER_S
 
 
 def _is_asked(job: Job) -> bool:

@@ -402,6 +402,30 @@ async def test_a_job_that_always_fails_ends_as_a_dead_letter(
     assert again.job_id != requested.job_id
 
 
+async def test_what_failed_for_good_is_not_tried_again_at_the_persons_next_word(
+    queue: RefreshQueue, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    async def fail(reason: str) -> str:
+        asked = await request_refresh(queue, store, "ann", reason, jobs=JOBS)
+        assert asked.state == "queued"
+        job = await queue.dequeue(timeout=1)
+        assert job is not None
+        await job.update(status=Status.ACTIVE, started=1, attempts=1)
+        await job.finish(Status.FAILED, error="the training process ended before its batch did")
+        return asked.job_id
+
+    await store.append("ann", talk("ann", 5))
+    failed = await fail("turns")
+    again = await request_refresh(queue, store, "ann", "turns", jobs=JOBS)
+    assert (again.job_id, again.state) == (failed, "failed")
+    assert (await queue_stats(queue)).queued == 0
+    for reason in ("asked", "nightly"):
+        await fail(reason)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    await fail("turns")
+
+
 async def test_a_job_that_two_workers_bury_is_one_dead_letter(queue: RefreshQueue, store: Store):
     """Its own, and one that took it for lost as the first was late."""
     await store.append("ann", talk("ann", 5))
