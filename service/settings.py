@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -196,7 +196,7 @@ class Settings(BaseModel):
     @property
     def redis_address(self) -> str:
         """What `redis.asyncio.Redis.from_url` takes: the given server, or the private one's socket."""
-        return self.redis_url or f"unix://{self.redis_socket}"
+        return self.redis_url or f"unix://{quote(os.fsencode(self.redis_socket))}"
 
     @property
     def page_address(self) -> str:

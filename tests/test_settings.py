@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from redis.asyncio import BlockingConnectionPool
 
 from service.processes import engine_config, out_of_collections, run_engine
 from service.settings import (
@@ -91,6 +92,15 @@ def test_sockets_move_to_a_short_folder_when_the_data_path_is_too_long(tmp_path:
     assert near.run_folder == Path("/srv/attune/run")
     assert len(os.fsencode(far.engine_socket)) <= LONGEST_SOCKET_PATH
     assert far.run_folder != Settings.read({}, data=tmp_path / ("longer" * 30)).run_folder
+
+
+@pytest.mark.parametrize("folder", ["C#", "100%", "a%20b", "what?", "an ä b"])
+def test_the_address_of_the_private_redis_leads_to_its_socket_whatever_the_folder_is_called(
+    folder: str,
+) -> None:
+    settings = Settings.read({}, data=Path("/srv") / folder)
+    read = BlockingConnectionPool.from_url(settings.redis_address)
+    assert read.connection_kwargs["path"] == str(settings.redis_socket)
 
 
 def test_names_are_handed_out_on_loopback_only_unless_asked() -> None:
