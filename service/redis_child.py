@@ -88,7 +88,8 @@ async def find_redis(search_path: str, *, wheel: bool = True) -> RedisBinary:
 
 
 def redis_argv(binary: Path, folder: Path, socket: Path, *, always_sync: bool = False) -> list[str]:
-    """Private, append-only, never evicting: the arguments of the server."""
+    """Private, append-only, never evicting: the arguments of the server. Slow commands are not logged: what
+    they said would be kept of those who are forgotten, too."""
     options = {
         "port": "0",
         "unixsocket": str(socket),
@@ -98,6 +99,7 @@ def redis_argv(binary: Path, folder: Path, socket: Path, *, always_sync: bool = 
         "appendfsync": "always" if always_sync else "no",
         "save": "",
         "maxmemory-policy": "noeviction",
+        "slowlog-log-slower-than": "-1",
         "loglevel": "warning",
         "logfile": str(folder / LOG_FILE),
     }

@@ -103,6 +103,14 @@ async def test_the_server_listens_on_a_private_socket_and_never_evicts(tmp_path:
         assert stat.S_IMODE(socket.stat().st_mode) == 0o700
 
 
+async def test_what_a_slow_command_said_is_kept_nowhere_beside_the_data(tmp_path: Path) -> None:
+    """Such as a long import: it could be read there until others had taken its place, forgotten or not."""
+    socket = tmp_path / "r.sock"
+    async with running_redis(tmp_path / "files", socket), Redis.from_url(f"unix://{socket}") as redis:
+        await redis.eval("for i = 1, 1000000 do local _ = tostring(i) end return 1", 0, "my secret words")
+        assert await redis.slowlog_get() == []
+
+
 async def test_a_killed_server_has_every_acknowledged_write_when_it_is_back(tmp_path: Path) -> None:
     socket = tmp_path / "r.sock"
     acknowledged = 0
