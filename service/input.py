@@ -64,7 +64,9 @@ def _said(items: Sequence[InputItem], param: str) -> Said:
         where = f"{param}[{at}]"
         if item.type != "message":
             raise BadRequest(f"{where}.type: expected 'message', got {item.type!r:.80}", param=where)
-        text = text_of(item.content, f"{where}.content")
+        # OpenAI's clients write null where an assistant's message has no words.
+        wordless = item.content is None and item.role == "assistant"
+        text = "" if wordless else text_of(item.content, f"{where}.content")
         if item.role in SYSTEM_ROLES:
             instructions.append(text)
         elif item.role == "user" or item.role == "assistant":

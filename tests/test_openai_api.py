@@ -267,6 +267,20 @@ async def test_a_chat_that_the_client_holds_is_saved_once(service: TinyService) 
         assert len({turn.conversation for turn in turns}) == 1
 
 
+async def test_a_chat_may_bring_a_reply_without_words(service: TinyService) -> None:
+    """OpenAI's clients write its content as null, of which theirs alone may be."""
+    async with service.gateway() as gateway:
+        chat = gateway.client("ann").chat.completions
+        user: Any = {"role": "user", "content": "hello"}
+        wordless: Any = {"role": "assistant", "content": None, "refusal": None}
+        asked: dict[str, Any] = {"model": "base", "seed": 1, "max_tokens": 8}
+        reply = await chat.create(messages=[user, wordless, user], **asked)
+        same = await chat.create(messages=[user, {"role": "assistant", "content": ""}, user], **asked)
+        assert reply.choices[0].message.content == same.choices[0].message.content
+        with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content: expected a string"):
+            await chat.create(messages=[{"role": "user", "content": None}, user], **asked)  # type: ignore[list-item]
+
+
 async def test_a_response_can_be_stopped_over_http(service: TinyService) -> None:
     async with service.gateway() as gateway:
         client = gateway.client("ann")
