@@ -172,11 +172,14 @@ class Replies:
         """Take over every reply whose gateway died, asked for or not: what a person was promised is written
         and saved even if they never come back for it. Returns how many. Raises StoreUnavailable."""
         adopted = 0
+        for reply in [reply for reply in self._replies.values() if reply.untold]:
+            with contextlib.suppress(UnknownResponse, LeaseLost):
+                await self._finish(reply)
         for reply_id in await self.health.ask(self.store.orphans):
             mine = self._replies.get(reply_id)
             try:
                 if mine is not None:
-                    if mine.done and not mine.running:  # the store was away as it ended
+                    if mine.done and not mine.running:  # its gateway died before it could say so
                         await self._finish(mine)
                     continue
                 record = await self.store.adopt_response(
@@ -283,11 +286,15 @@ class Replies:
             reply.running = False
 
     async def _finish(self, reply: Reply) -> None:
-        """Tell the store that it is over. Should that fail, the next reader sees it by the last event, or
-        writes what is missing."""
-        with contextlib.suppress(StoreUnavailable):
+        """Tell the store that it is over; as soon as it is back, should it be away."""
+        away = False
+        try:
             await self._keep(reply)
             await self._tell_end(reply, ttl_s=self.patience.ttl)
+        except StoreUnavailable:
+            away = True
+        finally:
+            reply.untold = away and reply.stored is not None
 
     async def _tell_end(self, reply: Reply, *, ttl_s: float) -> None:
         response = reply.response
@@ -391,7 +398,7 @@ class Replies:
         if reply.done and reply.running:  # it still saves and asks for things; `_drive` comes back here then
             return
         if reply.done or reply.lost:
-            after, act = self.patience.keep, self._drop
+            after, act = self.patience.keep, self._let_go
         else:
             after, act = self.patience.orphan, self._abandon
         self._timers[reply.id] = asyncio.get_running_loop().call_later(after, act, reply)
@@ -404,12 +411,20 @@ class Replies:
         elif not reply.plan.background:
             reply.cancel("disconnected")
 
+    def _let_go(self, reply: Reply) -> None:
+        """Drop a reply that has ended; not before the store knows, which would have it written further like
+        one whose gateway died."""
+        if reply.untold:
+            self._watch(reply)
+        else:
+            self._drop(reply)
+
     def _drop_if_read(self, reply: Reply) -> None:
         """Let go of an ended reply that its client has all of; not before its task has ended, for which
         forgetting the person waits."""
         read = reply.acknowledged >= len(reply.entries) - 1
         if reply.done and read and not reply.running and reply.listeners == 0:
-            self._drop(reply)
+            self._let_go(reply)
 
     def _give_up(self, reply: Reply) -> None:
         """Its log is gone, and what memory has of it goes as well."""

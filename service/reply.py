@@ -100,6 +100,7 @@ class Reply:
         self.cancelled: asyncio.Event = asyncio.Event()
         self.cancel_reason = "cancelled"
         self.running = False  # it is this process that writes it
+        self.untold = False  # it ended, and the store was away for that
         self._news = asyncio.Event()
         self.on_left: Callable[[Reply], None] = lambda reply: None
 
