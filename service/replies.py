@@ -179,6 +179,8 @@ class Replies:
             mine = self._replies.get(reply_id)
             try:
                 if mine is not None:
+                    if mine.stored is None and not await self.store.read_response_events(reply_id):
+                        mine.stored = 0  # it was begun there after all: only the answer was lost
                     if mine.done and not mine.running:  # its gateway died before it could say so
                         await self._finish(mine)
                     continue

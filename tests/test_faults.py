@@ -562,6 +562,36 @@ async def test_a_reply_that_was_stopped_without_redis_is_not_written_further_onc
     await own_store.close()
 
 
+async def test_a_stopped_reply_whose_beginning_redis_took_without_saying_so_is_not_written_again(
+    service: TinyService, own_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = own_store.create_response
+
+    async def unanswered(*about: Any, **more: Any) -> bool:
+        await create(*about, **more)
+        raise StoreUnavailable("no answer within 4 s")
+
+    monkeypatch.setattr(own_store, "create_response", unanswered)
+    patience = replace(FAST, lease=0.2, keep=3.0)
+    with engine_held() as let_go:
+        async with service.gateway(store=own_store, patience=patience) as gateway:
+            client, replies = gateway.client("ann"), gateway.gateway.replies
+            begun = await client.responses.create(
+                model="me", input="hello", background=True, max_output_tokens=LONG
+            )
+            reply = replies._replies[begun.id]
+            await until(lambda: reply.text)
+            reply.cancel("cancelled")
+            let_go()
+            await until(lambda: reply.done and not reply.running)
+            await until(lambda: begun.id not in replies._replies)
+            await asyncio.sleep(3 * patience.lease)
+            kept = await client.responses.retrieve(begun.id)
+            assert (kept.status, kept.output_text) == ("cancelled", reply.text)
+            assert gateway.gateway.metrics.adopted._value.get() == 0
+    await own_store.close()
+
+
 async def test_a_message_sent_twice_at_once_without_redis_gets_one_reply(
     service: TinyService, own_store: Store, redis_server: RedisServer
 ) -> None:
