@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from service.errors import ApiError
+from service.errors import ApiError, BadRequest
 from service.events import (
     TERMINAL,
     AnyReplyEvent,
@@ -151,6 +151,14 @@ class Reply:
         self._news.set()
         self._news = asyncio.Event()
 
+    def check_start(self, after: int) -> None:
+        """Whoever waits for what comes after that number waits for nothing if the log has ended before it. It
+        may, where its gateway died with events that were shown and not stored. Raises BadRequest."""
+        if self.done and after >= len(self.entries):
+            raise BadRequest(
+                f"starting_after: expected below {len(self.entries)}, got {after}", param="starting_after"
+            )
+
     async def events(self, after: int = -1) -> AsyncGenerator[AnyReplyEvent, None]:
         """The events numbered above `after`, those there are and those to come, to the last. Raises
         ApiError."""
@@ -163,6 +171,7 @@ class Reply:
                     yield self.entries[at].event
                     at += 1
                 if self.done:
+                    self.check_start(after)
                     return
                 if self.lost is not None:
                     raise self.lost

@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from service import protocol
 from service.auth import Person
-from service.errors import ApiError, BadRequest, RateLimited
+from service.errors import ApiError, RateLimited
 from service.events import (
     AdapterState,
     Pong,
@@ -293,11 +293,7 @@ class Socket:
     async def _resume(self, event: protocol.ResponseResume) -> None:
         self._check_room(event.response_id)
         reply = await self.services.replies.find(self.person.user, event.response_id)
-        if event.starting_after >= len(reply.entries) and reply.done:
-            raise BadRequest(
-                f"starting_after: expected below {len(reply.entries)}, got {event.starting_after}",
-                param="starting_after",
-            )
+        reply.check_start(event.starting_after)
         self.services.metrics.resumed.inc()
         self.conversation = reply.plan.conversation
         self._listen(reply, event.starting_after, event.stream_id)

@@ -322,6 +322,23 @@ async def test_a_reply_outlives_its_socket_and_is_resumed_exactly(service: TinyS
         assert len(text(seen)) == 200
 
 
+async def test_who_has_seen_more_of_a_reply_than_will_ever_be_written_hears_of_its_end(
+    service: TinyService,
+) -> None:
+    """As after the death of a gateway that showed events while Redis was away: what is written again may come
+    in fewer of them."""
+    with engine_held() as let_go:
+        async with service.gateway() as gateway, socket(gateway) as connection:
+            await send(connection, type="response.create", input="x", model="base")
+            reply = (await until(connection, "response.output_text.delta"))[-1]["response_id"]
+            await send(connection, type="response.resume", response_id=reply, starting_after=500)
+            await send(connection, type="ping")
+            await until(connection, "pong")
+            let_go()
+            error = (await until(connection, "error"))[-1]
+            assert (error["response_id"], error["param"]) == (reply, "starting_after")
+
+
 async def test_what_was_said_right_before_the_socket_closed_is_answered(service: TinyService) -> None:
     async with service.gateway() as gateway:
         async with socket(gateway) as connection:
