@@ -8,9 +8,11 @@ import asyncio
 import importlib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.request import Forgotten as EngineForgotten
 from personalization.jobs import QueueStats, cancel_jobs, open_queue, queue_stats, request_refresh
 from personalization.store import Store
 from service.forget import EngineCaches, Removed, forget
@@ -20,6 +22,16 @@ from service.settings import Settings
 
 class NotPossible(LookupError):
     """It cannot be done as asked; the message says expected and got."""
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """What the engine holds. It is looked for when it is asked: what goes before needs none."""
+
+    engine: Callable[[], Awaitable[EngineCaches]]
+
+    async def forget(self, adapter_id: str) -> EngineForgotten:
+        return await (await self.engine()).forget(adapter_id)
 
 
 class Actions:
@@ -68,12 +80,11 @@ class Actions:
     async def forget(self, user: str) -> Removed:
         """Remove everything of the person, everywhere."""
         publish = await _load("personalization.publish")
-        engine: EngineCaches = await self._engine()
         return await forget(
             user,
             store=self._store,
             redis=self._redis,
-            engine=engine,
+            engine=_Caches(self._engine),
             cancel_jobs=lambda who: cancel_jobs(self._queue, self._store, who),
             remove_versions=lambda adapter_id: publish.remove_versions(
                 self._settings.adapter_root, adapter_id

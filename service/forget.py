@@ -1,8 +1,9 @@
 """Forget a person: history, adapters, copies and jobs, in every place that has any.
 
 The order matters. Redis goes first: from then on nothing that began before can write for this person (the
-store's epoch). Then the jobs, the engine's copies, the files, and last Redis' own file on disk, which would
-keep every deleted word until its next rewrite.
+store's epoch). Then the jobs, the files, and only then the engine's copies, which a request under way could
+have read again from the files. Last Redis' own file on disk, which would keep every deleted word until its
+next rewrite. An engine that is away keeps nothing else from being removed.
 """
 
 import asyncio
@@ -78,18 +79,18 @@ async def forget(
     """Remove everything of `user`; returns what was there. Doing it twice removes nothing more.
 
     `cancel_jobs` takes the person's jobs out of the queue and says how many; `remove_versions` takes the
-    folder of an adapter id from the disk, in a thread. Raises StoreUnavailable, or EngineLost with the
-    history already gone: do it again.
+    folder of an adapter id from the disk, in a thread. Raises StoreUnavailable, or EngineLost with all gone
+    but what that engine may hold in its memory: do it again.
     """
     adapter_id = store.adapter_id(user)
     history = await store.forget(user)
     jobs = await cancel_jobs(user)
-    try:
-        async with asyncio.timeout(ENGINE_TIMEOUT_S):
-            copies = await engine.forget(adapter_id)
-    except TimeoutError:
-        raise EngineLost(f"the engine did not forget within {ENGINE_TIMEOUT_S:g} s") from None
     folder = await asyncio.to_thread(remove_versions, adapter_id)
+    try:
+        copies = await _forgotten_by(engine, adapter_id)
+    except EngineLost as error:
+        await rewrite_log(redis)
+        raise EngineLost(f"all is removed but what an engine may hold in memory: {error}") from None
     return Removed(
         turns=history.turns,
         conversations=history.conversations,
@@ -103,6 +104,14 @@ async def forget(
         kv_blocks=copies.kv_blocks,
         log_rewritten=await rewrite_log(redis),
     )
+
+
+async def _forgotten_by(engine: EngineCaches, adapter_id: str) -> EngineForgotten:
+    try:
+        async with asyncio.timeout(ENGINE_TIMEOUT_S):
+            return await engine.forget(adapter_id)
+    except TimeoutError:
+        raise EngineLost(f"the engine did not forget within {ENGINE_TIMEOUT_S:g} s") from None
 
 
 async def rewrite_log(redis: RedisLog) -> bool:

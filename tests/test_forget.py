@@ -12,7 +12,9 @@ from engine.request import Forgotten as EngineForgotten
 from personalization.history import Turn
 from personalization.publish import remove_versions
 from personalization.store import Store, connect
+from service.actions import Actions
 from service.forget import forget, rewrite_log
+from service.settings import Settings
 from tests.redis_fixture import RedisServer
 
 
@@ -39,7 +41,13 @@ async def test_every_place_is_emptied_and_counted(store: Store, redis: Redis, tm
     for folder in (mine / "1", mine / "2", theirs / "1"):
         folder.mkdir(parents=True)
         (folder / "adapter_model.safetensors").write_bytes(b"x" * 10)
-    caches = Caches()
+
+    class LastOfAll(Caches):
+        async def forget(self, adapter_id: str) -> EngineForgotten:
+            assert not mine.exists()  # else a request under way could read them again
+            return await super().forget(adapter_id)
+
+    caches = LastOfAll()
     cancelled: list[str] = []
 
     async def cancel_jobs(user: str) -> int:
@@ -128,3 +136,28 @@ async def test_an_engine_that_does_not_come_back_is_not_waited_for_long(
                 remove_versions=lambda adapter_id: remove_versions(tmp_path, adapter_id),
             )
     assert await store.turns("ada") == []
+
+
+async def test_all_that_needs_no_engine_is_removed_without_one(
+    store: Store, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewritten: list[object] = []
+
+    async def noted(redis: object) -> bool:
+        rewritten.append(redis)
+        return True
+
+    async def none() -> Caches:
+        raise EngineLost("no engine answers")
+
+    monkeypatch.setattr("service.forget.rewrite_log", noted)
+
+    settings = Settings.read({}, data=tmp_path)
+    mine = settings.adapter_root / store.adapter_id("ada") / "1"
+    mine.mkdir(parents=True)
+    await store.append("ada", [turn(1)])
+    with pytest.raises(EngineLost, match="no engine answers"):
+        await Actions(settings, store, redis, none).forget("ada")
+    assert await store.turns("ada") == []
+    assert not mine.parent.exists()
+    assert rewritten == [redis]
