@@ -10,7 +10,6 @@ import asyncio
 import fcntl
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -263,15 +262,16 @@ async def answers_ready(host: str, port: int, timeout_s: float = 2.0) -> bool:
             writer.close()
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Refuse a taken port now, in one line, instead of a gateway that dies again and again."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise SettingsError("--port", f"cannot listen on {host}:{port}: {error.strerror}") from None
+async def require_free_port(host: str, port: int) -> None:
+    """Refuse a taken port now, in one line, instead of a gateway that dies again and again. Tried as the
+    gateway will: a name may stand for several addresses, and `::` is none of IPv4's."""
+    loop = asyncio.get_running_loop()
+    try:
+        (await loop.create_server(asyncio.Protocol, host, port, start_serving=False)).close()
+    except OSError as error:
+        number = error.errno or 0  # below 0 where a name cannot be found, which has words of its own
+        reason = os.strerror(number) if number > 0 else error.strerror or str(error)
+        raise SettingsError("--port", f"cannot listen on {host}:{port}: {reason}") from None
 
 
 @contextmanager
@@ -331,7 +331,7 @@ async def serve(
     Raises AlreadyRunning, SettingsError, RedisUnavailable or ChildGaveUp, with everything stopped again.
     """
     with data_lock(settings.lock_path):
-        require_free_port(settings.host, settings.port)
+        await require_free_port(settings.host, settings.port)
         private_folder(settings.run_folder)
         private_folder(settings.adapter_root)
         read_or_create_secret(settings.secret_path)

@@ -170,14 +170,43 @@ def test_a_service_whose_settings_are_half_written_does_not_run_yet(tmp_path: Pa
         assert running_settings(asked) is None
 
 
-def test_a_taken_port_is_refused_before_anything_starts() -> None:
+async def test_a_taken_port_is_refused_before_anything_starts() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SettingsError, match=str(port)):
-            require_free_port("127.0.0.1", port)
-    require_free_port("127.0.0.1", port)
+        with pytest.raises(SettingsError, match=f"127.0.0.1:{port}: Address already in use"):
+            await require_free_port("127.0.0.1", port)
+    await require_free_port("127.0.0.1", port)
+
+
+async def test_a_port_is_tried_at_every_address_that_the_gateway_will_listen_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = socket.getaddrinfo
+
+    def both(host: str, port: int, *about: Any, **more: Any) -> list[Any]:  # as where localhost is two
+        if host != "localhost":
+            return known(host, port, *about, **more)
+        return [*known("127.0.0.1", port, *about, **more), *known("::1", port, *about, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    try:
+        taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match="Address already in use"):
+            await require_free_port("localhost", port)
+    await require_free_port("localhost", port)
+
+
+async def test_a_port_that_is_taken_of_ipv4_alone_is_free_for_ipv6() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        await require_free_port("::", taken.getsockname()[1])
 
 
 async def test_an_engine_that_lives_keeps_its_socket(tmp_path: Path) -> None:
