@@ -54,10 +54,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
     fingerprint: str = ""  # of the request, so that one event_id cannot mean two things
     notice: str | None = None
+    said_at: float = 0.0  # where the message stands in the history, and the reply at the earliest
 
     @property
     def begun(self) -> datetime:
         return datetime.fromtimestamp(self.created_at, UTC)
+
+    @property
+    def said(self) -> datetime:
+        return max(self.begun, datetime.fromtimestamp(self.said_at, UTC))
 
 
 # Fields of a message that say nothing of what is asked.

@@ -135,7 +135,9 @@ class Session:
         where = conversation or f"conv_{name}"
         now = datetime.fromtimestamp(self.clock(), UTC)
         current = await self._conversation(user, where, recalled, new=not (conversation and stored_turns))
-        current, turn = _with_message(current, said, where, now, turn_id=f"turn_{name}")
+        # Behind what was said before, though a clock was set back since or was ahead elsewhere.
+        said_at = max([now, *(turn.at for turn in current)])
+        current, turn = _with_message(current, said, where, said_at, turn_id=f"turn_{name}")
         history = [turn for turn in recalled.turns if turn.conversation != where]
         prompt = await self._prompt(history, current, said, sampling.max_tokens)
 
@@ -173,6 +175,7 @@ class Session:
             metadata=metadata,
             fingerprint=fingerprint(asked),
             notice="; ".join(notices) or None,
+            said_at=said_at.timestamp(),
         )
 
     async def pointer(self, user: str) -> Pointer:
@@ -458,7 +461,7 @@ class Session:
         return Turn(
             id=plan.item_id,
             conversation=plan.conversation,
-            at=datetime.fromtimestamp(self.clock(), UTC),
+            at=max(plan.said, datetime.fromtimestamp(self.clock(), UTC)),
             role="assistant",
             text=writing.text,
             author="model",
@@ -489,7 +492,7 @@ def _unsaved_turn(plan: Plan, text: str) -> Turn:
     return Turn(
         id=plan.user_turn_id,
         conversation=plan.conversation,
-        at=plan.begun,
+        at=plan.said,
         role="user",
         text=text,
         author="person",

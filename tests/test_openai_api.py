@@ -1,6 +1,8 @@
 """The official SDK against the whole gateway over HTTP: responses, chat completions, models."""
 
 import asyncio
+import itertools
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -164,6 +166,21 @@ async def test_asking_again_replaces_the_reply_in_what_follows(service: TinyServ
         assert third.usage is not None
         # the prompt holds the second reply of three characters and not the first of 24
         assert third.usage.input_tokens < first.usage.input_tokens + 24
+
+
+async def test_a_conversation_keeps_its_order_though_the_clock_is_set_back(service: TinyService) -> None:
+    clock = iter(time.time() - 60 * n for n in itertools.count())  # by a minute, whenever it is asked
+    async with service.gateway(clock=lambda: next(clock)) as gateway:
+        client = gateway.client("ann")
+        said = []
+        for text in ("one", "two"):
+            reply = await client.responses.create(model="me", input=text, conversation="c")
+            said += [text, reply.output_text]
+        again = await client.responses.create(model="me", conversation="c")
+        assert [turn.text for turn in await service.store.conversation("ann", "c")] == [
+            *said,
+            again.output_text,
+        ]
 
 
 async def test_asking_again_needs_something_to_reply_to(service: TinyService) -> None:
