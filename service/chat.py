@@ -138,6 +138,7 @@ class ChatClient:
                 subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
                 compression=None,
                 max_size=None,
+                proxy=None,  # the service is on this machine, and the token nobody else's
             )
         except InvalidStatus as refused:
             if refused.response.status_code in (401, 403, 404):

@@ -75,6 +75,20 @@ async def test_a_message_that_got_no_answer_is_sent_again_under_its_own_id() -> 
     assert asked[0]["model"] == "base"
 
 
+async def test_what_is_said_goes_through_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("no_proxy", "")
+
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        for event in reply_events("one two"):
+            await socket.send(json.dumps(event))
+
+    async with answering(handle) as address, ChatClient(address, "token") as client:
+        await client.ask("count")
+        assert [event async for event in client.reply()] == reply_events("one two")
+
+
 async def test_a_socket_closed_for_a_bad_credential_is_not_tried_again() -> None:
     async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
         await socket.close(4401, "the token has expired")
