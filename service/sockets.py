@@ -197,7 +197,11 @@ class Socket:
         await asyncio.sleep(notice)
         if by_age:
             raise _Close(protocol.GOING_AWAY, "the socket has reached its age limit")
-        raise _Close(protocol.NOT_AUTHENTICATED, "the credential has expired")
+        raise self._expired()
+
+    @staticmethod
+    def _expired() -> _Close:
+        return _Close(protocol.NOT_AUTHENTICATED, "the credential has expired")
 
     async def _watch_outbox(self) -> None:
         await self._overflow.wait()
@@ -224,6 +228,9 @@ class Socket:
             message = await self.websocket.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1005))
+            # `_grow_old` sleeps through a machine's own sleep, and through a clock that is set.
+            if self.services.clock() >= self.person.expires_at:
+                raise self._expired()
             frame = message.get("text")
             try:
                 fields = self.codec.decode(message["bytes"] if frame is None else frame)

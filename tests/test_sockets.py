@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -643,6 +644,19 @@ async def test_a_socket_ends_when_its_credential_does(service: TinyService) -> N
             assert warned["reason"] == "credential"
             await asyncio.wait_for(connection.wait_closed(), LONG_S)
             assert connection.close_code == 4401
+
+
+async def test_no_message_is_acted_on_after_its_credential_ended_as_the_machine_slept(
+    service: TinyService,
+) -> None:
+    slept = 0.0
+    async with service.gateway(clock=lambda: time.time() + slept) as gateway, socket(gateway) as connection:
+        await until(connection, "session.created")
+        slept = 2 * 3600.0
+        await send(connection, type="response.create", input="x")
+        await asyncio.wait_for(connection.wait_closed(), LONG_S)
+        assert connection.close_code == 4401
+        assert await service.store.turns("ann") == []
 
 
 async def test_a_socket_ends_at_its_age_and_says_so_before(service: TinyService) -> None:
