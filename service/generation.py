@@ -179,9 +179,10 @@ class Generation:
 
     async def _engine_back(self) -> bool:
         """Wait for the engine's next life; False when asked to stop or out of patience."""
-        deadline = self._clock() + self._patience_s
+        now = asyncio.get_running_loop().time  # by which a wait stays as long when the clock is set
+        deadline = now() + self._patience_s
         while not self._engine.connected:
-            if self._reply.cancelled.is_set() or self._clock() >= deadline:
+            if self._reply.cancelled.is_set() or now() >= deadline:
                 return False
             await asyncio.sleep(POLL_S)
         return not self._reply.cancelled.is_set()

@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -312,6 +313,20 @@ async def test_a_reply_waits_for_an_engine_and_gives_up_in_the_end(service: Tiny
         assert ready.status_code == 503
         await service.engine.start()
         assert [turn.text for turn in await service.store.turns("ann")] == ["hello", "x"]
+
+
+async def test_a_clock_that_is_set_meanwhile_ends_no_wait_for_an_engine(service: TinyService) -> None:
+    ahead = 0.0
+    async with service.gateway(clock=lambda: time.time() + ahead) as gateway:
+        await service.engine.stop()
+        await asyncio.sleep(0.05)
+        client, replies = gateway.client("ann"), gateway.gateway.replies
+        begun = await client.responses.create(model="me", input="hello", background=True)
+        ahead = 1800.0
+        await asyncio.sleep(0.5)
+        await service.engine.start()
+        whole = await asyncio.wait_for(replies._replies[begun.id].finished(), 60)
+        assert (whole.status, whole.error) == ("incomplete", None)
 
 
 async def test_a_reply_can_be_stopped_while_the_engine_is_away(service: TinyService) -> None:
