@@ -7,6 +7,7 @@ joins the reply it began; after the first event the reply is resumed where it st
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import uuid
@@ -20,6 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 SUBPROTOCOL = "attune.v1.json"
 TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 RETRY_FOR_S, FIRST_RETRY_S, LONGEST_RETRY_S = 60.0, 0.2, 3.0
+READ_BYTES = 1 << 16
 RETRIED_CODES = {1000, 1001, 1005, 1006, 1011, 1012, 1013, 4408, 4429}
 Event = dict[str, Any]
 
@@ -270,24 +272,30 @@ def notice_of(event: Event) -> str | None:
 
 
 async def stdin_lines() -> AsyncIterator[str]:
-    """Lines of standard input, without a thread that would outlive the chat on a terminal."""
-    if not sys.stdin.isatty():
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            yield line
-        return
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(sys.stdin, readable.set)
+    """Lines of standard input, without a thread: one that waits for a line would outlive the chat."""
+    source, rest = sys.stdin.fileno(), b""
+    while True:
+        await readable(source)
+        if not (read := os.read(source, READ_BYTES)):
+            break
+        *lines, rest = (rest + read).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+async def readable(source: int) -> None:
+    """Return when a read would not wait. Watched only then: what lies unread wakes the loop without end."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
     try:
-        while True:
-            await readable.wait()
-            readable.clear()
-            line = sys.stdin.readline()  # a terminal hands over whole lines, so this does not wait
-            if not line:
-                return
-            yield line
+        loop.add_reader(source, ready.set)
+    except PermissionError:  # a file, for which nobody waits
+        return
+    try:
+        await ready.wait()
     finally:
-        loop.remove_reader(sys.stdin)
+        loop.remove_reader(source)
 
 
 async def chat(address: str, token: str, *, as_json: bool) -> None:

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,3 +220,53 @@ def test_only_what_a_person_wants_to_know_becomes_a_notice() -> None:
     few = {"type": "adapter.refresh.failed", "code": "not_enough_turns", "message": "3 of 50"}
     assert notice_of(few) == "nothing learned: 3 of 50"  # which is no failure
     assert who({"metadata": {"adapter_version": "0"}}) == "base"
+
+
+CHAT = """
+import asyncio, sys
+from service.chat import chat
+asyncio.run(chat(sys.argv[1], "token", as_json={}))
+"""
+
+
+@asynccontextmanager
+async def chat_program(*, as_json: bool) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The chat as a process of its own, between pipes, against a server that answers with two words."""
+
+    async def handle(socket: ServerConnection, message: dict[str, Any]) -> None:
+        for event in reply_events("one two"):
+            await socket.send(json.dumps(event))
+
+    pipe = asyncio.subprocess.PIPE
+    async with answering(handle) as address:
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CHAT.format(as_json), address,
+            stdin=pipe, stdout=pipe, stderr=pipe, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        try:
+            yield program
+        finally:
+            if program.returncode is None:
+                program.kill()
+            await program.wait()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_an_interrupt_ends_a_chat_whose_input_is_a_pipe_that_stays_open(as_json: bool) -> None:
+    async with chat_program(as_json=as_json) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdin.write(b"how are you?\n")
+        await program.stdin.drain()
+        async with asyncio.timeout(60):
+            await program.stdout.readuntil(b"response.completed" if as_json else b"two\nyou> ")
+            program.send_signal(signal.SIGINT)
+            await program.wait()
+
+
+async def test_all_lines_of_a_pipe_are_answered_the_last_one_without_its_end_too() -> None:
+    async with chat_program(as_json=False) as program, asyncio.timeout(60):
+        said, complaint = await program.communicate("one\nzwölf\n\xff".encode("latin-1"))
+    assert said.decode().count("me v3> ") == 3
+    assert complaint == b""
+    assert program.returncode == 0
