@@ -365,6 +365,41 @@ def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service
     expect(page.locator(".bubble")).to_have_count(1)
 
 
+def test_what_is_said_in_one_tab_or_by_a_command_is_seen_in_the_other(
+    open_page: Open, service: RunningService
+) -> None:
+    here = open_page("twofold")
+    say(here, "How are you?")
+    reply_ended(here)
+    there = here.context.new_page()
+    there.goto(here.url)
+    expect(there.locator(".bubble")).to_have_text(["How are you?"])
+    here.get_by_role("button", name="Side by side").click()
+    say(here, "What do you like?")
+    expect(here.locator(".card .choose")).to_have_count(2)
+    here.get_by_role("button", name="Side by side").click()
+    say(there, "And now?")
+    reply_ended(there, 2)
+    expect(here.locator(".bubble")).to_have_text(["How are you?", "And now?"])
+    expect(here.locator(".reply")).to_have_count(2)
+    expect(here.locator(".item").nth(2)).to_have_class(re.compile("compare"))  # stays where it stood
+    expect(here.locator(".reply .badge").first).to_contain_text("history turn")  # what was known is kept
+    here.get_by_role("button", name="Good reply: learn from it").last.click()
+    liked = there.get_by_role("button", name="Good reply: learn from it").last
+    expect(liked).to_have_attribute("aria-pressed", "true")
+    there.get_by_role("button", name="Correct this reply").first.click()
+    there.get_by_label("What it should have said").fill("Grand.")
+    there.get_by_role("button", name="Save correction").click()
+    expect(here.locator(".reply .prose").first).to_have_text("Grand.")
+    conversation = here.url.partition("#c=")[2]
+    turn = {"user": "twofold", "conversation": conversation, "role": "user", "at": f"{datetime.now(UTC)}"}
+    service.attune("import", "-", text=json.dumps(turn | {"text": "From a file."}))
+    for page in (here, there):
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        expect(page.locator(".bubble")).to_have_text(["How are you?", "And now?", "From a file."])
+        expect(page.locator(".reply")).to_have_count(2)
+
+
 def test_base_and_mine_answer_side_by_side_and_nothing_of_it_is_kept(open_page: Open) -> None:
     page = open_page("comparer")
     page.get_by_role("button", name="Side by side").click()

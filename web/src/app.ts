@@ -14,6 +14,7 @@ import {
   emptyThread,
   GUEST,
   itemsOf,
+  joined,
   type CompareItem,
   type Item,
   type PersonItem,
@@ -83,6 +84,14 @@ export class App {
   private threads = new Map<string, Thread>();
   private running = new Map<string, Running>();
   private later = 0;
+  /** Conversations in which something was said elsewhere while something of ours was under way. */
+  private readonly behind = new Set<Thread>();
+  private readonly tabs = new BroadcastChannel("attune");
+
+  constructor() {
+    this.tabs.onmessage = ({ data }) => data === this.state.user && this.lookAgain();
+    addEventListener("focus", () => this.lookAgain());
+  }
 
   // ------------------------------------------------------------------ who
 
@@ -92,6 +101,7 @@ export class App {
     this.wire = null;
     this.threads.clear();
     this.running.clear();
+    this.behind.clear();
     this.learning.reset();
     this.touched.clear();
     // A token that was pasted is good for the person it names alone.
@@ -176,6 +186,42 @@ export class App {
     this.threads.set(id, thread);
     this.show(thread);
     if (!known || known.state === "failed") await this.loadThread(thread);
+    else await this.catchUp(thread);
+  }
+
+  /** The service tells a socket of its own replies alone: what another tab, device or command did is asked for. */
+  private lookAgain(): void {
+    if (this.wire?.state !== "live") return;
+    void this.catchUp(this.state.thread);
+    void Promise.all([this.loadMe(), this.loadConversations(), this.learning.load()]);
+  }
+
+  /** Something was said or done here: this person's other tabs look again, and so do we where we could not. */
+  done(): void {
+    this.tabs.postMessage(this.state.user);
+    for (const thread of [...this.behind]) void this.catchUp(thread);
+    this.soon();
+  }
+
+  /** Show what was said elsewhere in a conversation that was read before. */
+  private async catchUp(thread: Thread): Promise<void> {
+    const { api } = this;
+    const { items } = thread;
+    const shown = items.length;
+    const busy = (): boolean => this.isRunning(thread.id) || this.learning.waits || items.length !== shown;
+    if (thread.state !== "ready") return;
+    this.behind.add(thread);
+    if (busy()) return;
+    try {
+      const turns = await api.conversation(thread.id);
+      if (api !== this.api || thread.items !== items || busy()) return;
+      thread.items = joined(items, turns);
+    } catch {
+      return; // what is shown stays
+    }
+    this.behind.delete(thread);
+    for (const item of thread.items) this.touched.add(item);
+    this.signals.raise("thread", "items");
   }
 
   private show(thread: Thread): void {
@@ -391,7 +437,7 @@ export class App {
     if (reply.status === "failed") this.announce(`The reply failed: ${reply.error?.message ?? ""}`);
     else if (item.kind === "reply") this.announce(`Attune says: ${reply.text}`);
     this.signals.raise("thread");
-    this.soon();
+    this.done();
   }
 
   private refused(event: ServerEvent): void {

@@ -62,6 +62,11 @@ export class Learning {
     return true;
   }
 
+  /** Whether something that was said of a reply, and is shown, is not saved yet. */
+  get waits(): boolean {
+    return this.feedback.size > 0;
+  }
+
   /** Someone else is here now. */
   reset(): void {
     this.feedback.clear();
@@ -93,7 +98,7 @@ export class Learning {
       item.id = event.correction_id;
       this.app.toast("Saved. The next refresh learns from it.");
     }
-    this.app.soon();
+    this.app.done();
   }
 
   // ------------------------------------------------------------------ the adapter
@@ -230,7 +235,7 @@ export class Learning {
       this.state.learned = this.state.learned?.filter((turn) => turn.id !== turnId) ?? null;
       for (const turn of Object.values(this.state.versionTurns).flat()) if (turn.id === turnId) turn.learned = false;
       this.app.signals.raise("panel");
-      this.app.soon();
+      this.app.done();
     });
   }
 
@@ -240,6 +245,7 @@ export class Learning {
     let result: ImportResult | null = null;
     await this.attempt(async () => {
       result = await this.api.import(file);
+      this.app.done();
       await Promise.all([this.app.loadMe(), this.app.loadConversations(), this.load()]);
     });
     return result;

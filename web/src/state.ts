@@ -158,3 +158,32 @@ export function itemsOf(turns: Turn[]): Item[] {
   }
   return items;
 }
+
+/** The history's items anew, and in their places those that are here already, with all that is known of them; what is
+ * on the page alone, as a comparison is, stays behind what it stood behind. */
+export function joined(shown: Item[], turns: Turn[]): Item[] {
+  const corrections = new Map(turns.flatMap((turn) => (turn.corrects ? [[turn.id, turn.corrects]] : [])));
+  const saved = new Set(turns.map((turn) => turn.id));
+  const here = new Map<string, Item>();
+  const alone = new Map<string, Item[]>();
+  let last = "";
+  for (const item of shown) {
+    if (item.kind !== "compare" && item.id !== null && saved.has(item.id)) here.set((last = corrections.get(item.id) ?? item.id), item);
+    else alone.set(last, [...(alone.get(last) ?? []), item]);
+  }
+  const behind = (id: string): Item[] => {
+    const items = alone.get(id) ?? [];
+    alone.delete(id);
+    return items;
+  };
+  const first = behind("");
+  const items = itemsOf(turns).flatMap((item) => {
+    const id = item.kind === "compare" ? "" : (item.id ?? "");
+    const known = here.get(id);
+    if (item.kind === "reply" && known?.kind === "reply") {
+      Object.assign(known, { text: item.text, author: item.author, rating: item.rating, original: item.original });
+    }
+    return [known ?? item, ...behind(id)];
+  });
+  return [...first, ...items, ...[...alone.values()].flat()];
+}
