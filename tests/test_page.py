@@ -596,6 +596,34 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open, scheme: st
     assert page.locator(".scroller").evaluate("e => e.scrollWidth - e.clientWidth") == 0
 
 
+def test_words_from_right_to_left_stand_as_they_are_read(open_page: Open) -> None:
+    reply = "שלום!\n\n1. אחת.\n2. two, left to right.\n\n```\ncode()\n```\n"
+    turns = [
+        {"user": "ruth", "conversation": "c", "at": f"2025-04-01T10:0{at}:00Z", "role": role, "text": text}
+        for at, (role, text) in enumerate((("user", "שלום (עולם)?"), ("assistant", reply)))
+    ]
+    page = open_page("ruth")
+    bring_in(page, "\n".join(json.dumps(turn) for turn in turns).encode())
+    page.locator(".conversation").click()
+    expect(page.locator(".code")).to_be_visible()
+    for place in (".bubble", ".prose", ".title", ".conversation span"):
+        expect(page.locator(place)).to_have_css("direction", "rtl")
+    expect(page.locator(".prose pre")).to_have_css("direction", "ltr")
+    one, two = page.locator(".prose li").all()
+    text_at = """e => {
+        const range = document.createRange();
+        range.selectNodeContents(e);
+        const [text, item] = [range.getBoundingClientRect(), e.getBoundingClientRect()];
+        return text.right > item.right - 2 ? "right" : text.left < item.left + 2 ? "left" : "between";
+    }"""
+    assert (one.evaluate(text_at), two.evaluate(text_at)) == ("right", "left")
+    field = page.get_by_label("Message", exact=True)
+    field.fill("שלום!")
+    expect(field).to_have_css("direction", "rtl")
+    field.fill("Hello!")
+    expect(field).to_have_css("direction", "ltr")
+
+
 @pytest.mark.parametrize("touch", [False, True])
 def test_a_key_is_named_only_where_there_are_keys(open_page: Open, touch: bool) -> None:
     page = open_page("reader-of-hints", PHONE, touch=touch)

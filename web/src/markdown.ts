@@ -30,7 +30,7 @@ const ALLOWED = {
 };
 
 export class Markdown {
-  readonly element = h("div", { class: "prose" });
+  readonly element = h("div", { class: "prose", attrs: { dir: "auto" } });
   private blocks: { source: string; nodes: Node[] }[] = [];
 
   set(text: string): void {

@@ -26,7 +26,7 @@ export function compareView(app: App, item: CompareItem): ItemView {
       "header",
       {},
       icon("sides"),
-      h("p", { class: "asked", text: item.prompt }),
+      h("p", { class: "asked", text: item.prompt, attrs: { dir: "auto" } }),
       h("p", { class: "terms", text: `Same prompt, same seed (${item.seed}). Not saved, not learned from.` }),
     ),
     h("div", { class: "pair" }, ...cards.map((one) => one.element)),

@@ -15,7 +15,7 @@ export function composer(app: App): Composer {
   let draftKey = "";
   let typedAt = 0;
   const field = h("textarea", {
-    attrs: { id: "message", rows: 1, "aria-label": "Message", placeholder: "Write a message", enterkeyhint: "send", autocomplete: "off" },
+    attrs: { id: "message", rows: 1, "aria-label": "Message", placeholder: "Write a message", enterkeyhint: "send", autocomplete: "off", dir: "auto" },
     on: { input: changed, keydown: keyed },
   });
   const go = h("button", { class: "go", attrs: { type: "submit", "aria-label": "Send" } }, icon("send"));

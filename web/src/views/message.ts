@@ -9,7 +9,7 @@ import type { PersonItem, ReplyItem } from "../state";
 import type { ItemView } from "./thread";
 
 export function personView(item: PersonItem, edit: (text: string) => void): ItemView {
-  const bubble = h("div", { class: "bubble", text: item.text });
+  const bubble = h("div", { class: "bubble", text: item.text, attrs: { dir: "auto" } });
   const element = h(
     "article",
     { class: "item said", attrs: { "aria-label": "You said" } },
@@ -101,7 +101,7 @@ export function replyView(app: App, item: ReplyItem): ItemView {
   }
 
   function openEditor(): void {
-    const field = h("textarea", { attrs: { "aria-label": "What it should have said", rows: 3 } });
+    const field = h("textarea", { attrs: { "aria-label": "What it should have said", rows: 3, dir: "auto" } });
     field.value = item.text;
     const close = (): void => {
       editor.hidden = true;

@@ -48,7 +48,7 @@ function fill(app: App, list: HTMLElement): void {
     const row = h(
       "button",
       { class: "conversation", attrs: { type: "button", "aria-current": current ? "page" : null, title: one.title }, on: { click: () => void app.open(one.id) } },
-      h("span", { text: one.title || "Untitled" }),
+      h("span", { text: one.title || "Untitled", attrs: { dir: "auto" } }),
       app.isRunning(one.id) && h("span", { class: "pulse", attrs: { role: "img", "aria-label": "being answered" } }),
     );
     rows.push(row);

@@ -6,7 +6,7 @@ import { versionName } from "../format";
 import { ended } from "../state";
 
 export function topbar(app: App): HTMLElement {
-  const title = h("h1", { class: "title" });
+  const title = h("h1", { class: "title", attrs: { dir: "auto" } });
   const dot = h("span", { class: "dot", attrs: { "aria-hidden": "true" } });
   const words = h("span", {});
   const again = button({ class: "plain", label: "Try now", wide: true, press: () => app.hurry() });

@@ -147,7 +147,7 @@ export function turnRow(app: App, turn: Turn): HTMLElement {
   return h(
     "li",
     { attrs: { "data-gone": gone } },
-    h("div", {}, h("small", { text: `${what} · ${day(turn.at)}${gone ? " · taken out" : ""}` }), h("p", { text: turn.text })),
+    h("div", {}, h("small", { text: `${what} · ${day(turn.at)}${gone ? " · taken out" : ""}` }), h("p", { text: turn.text, attrs: { dir: "auto" } })),
     !gone && button({ class: "quiet", icon: "close", label: "Do not learn from this", press: () => void app.learning.unlearn(turn.id) }),
   );
 }
