@@ -624,6 +624,22 @@ def test_words_from_right_to_left_stand_as_they_are_read(open_page: Open) -> Non
     expect(field).to_have_css("direction", "ltr")
 
 
+def test_a_long_name_that_begins_with_a_blank_can_be_read_and_typed_to_be_forgotten(
+    open_page: Open,
+) -> None:
+    name = " " + "W" * 100
+    page = open_page(name, {"width": 320, "height": 568})
+    page.locator("#adapter-chip").click()
+    page.locator("summary", has_text="Your data").click()
+    page.get_by_role("button", name="Forget me").click()
+    assert page.locator("dialog").evaluate("e => e.scrollWidth - e.clientWidth") == 0
+    for place in page.locator("dialog button").all():
+        expect(place).to_be_in_viewport(ratio=1)
+    page.get_by_label("Your name").fill(name)
+    page.get_by_role("button", name="Forget everything").click()
+    expect(page.locator(".toast")).to_contain_text("are gone", timeout=REPLY_MS)
+
+
 @pytest.mark.parametrize("touch", [False, True])
 def test_a_key_is_named_only_where_there_are_keys(open_page: Open, touch: bool) -> None:
     page = open_page("reader-of-hints", PHONE, touch=touch)

@@ -7,7 +7,7 @@ import { button, h, icon, remember } from "../dom";
 export function confirmForget(app: App): void {
   const field = h("input", { attrs: { type: "text", "aria-label": "Your name", autocomplete: "off", spellcheck: "false" } });
   const go = h("button", { class: "primary bad", text: "Forget everything", attrs: { type: "submit", disabled: true } });
-  field.addEventListener("input", () => (go.disabled = field.value.trim() !== app.state.user));
+  field.addEventListener("input", () => (go.disabled = field.value.trim() !== app.state.user.trim()));
   const dialog = h(
     "dialog",
     { class: "dialog", attrs: { "aria-labelledby": "forget-title" } },
