@@ -556,6 +556,26 @@ def test_a_correction_that_is_refused_leaves_the_reply_and_its_rating_as_they_we
     expect(good).to_have_attribute("aria-pressed", "true")
 
 
+def test_a_reply_that_was_cut_off_and_put_right_is_not_said_to_be_cut_off(open_page: Open) -> None:
+    page = open_page("finisher")
+
+    def cut_off(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+        server.on_message(
+            lambda told: socket.send(str(told).replace("response.completed", "response.incomplete"))
+        )
+
+    page.route_web_socket("**/v1/responses", cut_off)
+    page.reload()
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    say(page, "How are you?")
+    expect(page.locator(".reply .note")).to_contain_text("Cut off")
+    page.get_by_role("button", name="Correct this reply").click()
+    page.get_by_label("What it should have said").fill("Grand, and you?")
+    page.get_by_role("button", name="Save correction").click()
+    expect(page.locator(".reply .note")).to_have_text("Put right by you.")
+
+
 def test_forgetting_asks_for_the_name_and_then_leaves_nothing(open_page: Open) -> None:
     page = open_page("leaver")
     say(page, "Remember me?")

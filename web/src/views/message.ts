@@ -156,9 +156,9 @@ export function copyButton(text: () => string): HTMLButtonElement {
 function noteOf(app: App, item: ReplyItem): string {
   const { reply } = item;
   if (reply?.running && app.state.link === "resuming") return "The connection was lost; the reply goes on when it is back.";
+  if (item.original !== null) return "Put right by you."; // whatever became of the words before
   if (reply?.status === "stopped") return "Stopped.";
   if (reply?.status === "incomplete") return "Cut off at the longest reply allowed.";
-  if (item.original !== null) return "Put right by you.";
   const notice = reply?.facts.metadata["notice"];
   if (notice) return notice.charAt(0).toUpperCase() + notice.slice(1) + ".";
   return "";
