@@ -519,6 +519,35 @@ def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
     assert outline != "none"
 
 
+def test_on_a_small_screen_the_keyboard_goes_into_what_opens_and_back(open_page: Open) -> None:
+    page = open_page("nomad", PHONE)
+    menu, chip = page.get_by_role("button", name="Show the history"), page.locator("#adapter-chip")
+    for opener, part in ((menu, "#sidebar"), (chip, "#panel")):
+        opener.focus()
+        expect(opener).to_have_attribute("aria-expanded", "false")
+        page.keyboard.press("Enter")
+        expect(page.locator(f"{part} :focus")).to_have_count(1)
+        expect(opener).to_have_attribute("aria-expanded", "true")
+        for _ in range(40):  # however far one goes, not behind it
+            page.keyboard.press("Tab")
+            assert page.locator("main :focus").count() == 0
+        page.locator(part).get_by_role("button", name="Close").focus()
+        page.keyboard.press("Enter")
+        expect(opener).to_be_focused()
+    page.keyboard.press("Control+k")
+    expect(page.get_by_label("Search conversations")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(menu).to_be_focused()
+    page.keyboard.press("Control+k")
+    page.keyboard.press("Control+Shift+O")
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    chip.click()
+    page.set_viewport_size(DESK)
+    page.get_by_label("Message", exact=True).click()  # nothing lies over it there
+    page.locator("#panel").get_by_role("button", name="Close").click()
+    expect(chip).to_be_focused()
+
+
 def test_rating_and_correcting_a_reply_teach_it(open_page: Open) -> None:
     page = open_page("teacher")
     say(page, "How are you?")

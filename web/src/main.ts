@@ -24,12 +24,14 @@ app.announce = (text) => {
 
 const write = composer(app);
 const curtain = h("div", { class: "curtain", on: { click: () => app.set({ drawerOpen: false, panelOpen: false }) } });
+const main = h("main", { class: "main" }, topbar(app), signIn(app), thread(app, (text) => write.fill(text)), write.element);
+const narrow = matchMedia("(max-width: 999px)");
 const frame = h(
   "div",
   { class: "frame" },
   h("a", { class: "skip", text: "Skip to the message field", attrs: { href: "#message" }, on: { click: skip } }),
   sidebar(app),
-  h("main", { class: "main" }, topbar(app), signIn(app), thread(app, (text) => write.fill(text)), write.element),
+  main,
   panel(app),
   curtain,
   toasts(app),
@@ -38,12 +40,29 @@ const frame = h(
 document.querySelector("#app")?.replaceChildren(frame);
 
 app.signals.on(["layout", "link"], layout);
+narrow.addEventListener("change", layout);
 layout();
 
 function layout(): void {
-  setAttr(frame, "data-panel", app.state.panelOpen);
-  setAttr(frame, "data-drawer", app.state.drawerOpen);
-  setAttr(frame, "data-refused", app.state.link === "refused");
+  const { panelOpen, drawerOpen, link } = app.state;
+  main.inert = false;
+  lay("panel", "data-panel", panelOpen);
+  lay("sidebar", "data-drawer", drawerOpen);
+  main.inert = narrow.matches && (panelOpen || drawerOpen);
+  setAttr(frame, "data-refused", link === "refused");
+}
+
+/** The keyboard goes into what opens over the rest, and back to the button that opened it. */
+function lay(id: string, attribute: string, open: boolean): void {
+  const part = frame.querySelector(`#${id}`);
+  const opener = frame.querySelector<HTMLElement>(`[aria-controls="${id}"]`);
+  const inside = part?.contains(document.activeElement);
+  const changed = frame.hasAttribute(attribute) !== open;
+  setAttr(frame, attribute, open);
+  if (opener) setAttr(opener, "aria-expanded", String(open));
+  if (!changed) return;
+  if (open && narrow.matches) part?.querySelector<HTMLElement>("button")?.focus();
+  else if (!open && inside) opener?.focus();
 }
 
 document.addEventListener("keydown", (event) => {
@@ -53,11 +72,13 @@ document.addEventListener("keydown", (event) => {
   if (command && !event.shiftKey && event.key.toLowerCase() === "k") {
     event.preventDefault();
     app.set({ drawerOpen: true });
+    layout(); // what is hidden takes no focus
     document.querySelector<HTMLInputElement>("#search")?.select();
     document.querySelector<HTMLInputElement>("#search")?.focus();
   } else if (command && event.shiftKey && event.key.toLowerCase() === "o") {
     event.preventDefault();
     app.newChat();
+    layout();
     write.focus();
   } else if (event.key === "Escape") {
     if (app.state.drawerOpen) app.set({ drawerOpen: false });
