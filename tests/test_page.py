@@ -755,6 +755,19 @@ def test_what_became_of_a_file_is_seen_without_scrolling_and_says_what_is_wrong(
     expect(told.locator("b")).to_have_text("Nothing new in that file")
 
 
+def test_a_long_word_does_not_run_out_of_what_is_told_of_it(open_page: Open) -> None:
+    name, word = "N" * 120, "W" * 300
+    page = open_page(name)
+    page.locator("summary", has_text="Your data").click()
+    file = {"name": f"{word[:100]}.jsonl", "mimeType": "text/plain", "buffer": word.encode()}
+    page.get_by_label("History file").set_input_files([file])
+    expect(page.locator(".fold .outcome")).to_contain_text("Line 1")
+    page.get_by_role("button", name="Switch person").click()
+    expect(page.locator(".menu")).to_be_visible()
+    for place in (".fold .outcome", ".panel-body", ".menu"):
+        assert page.locator(place).evaluate("e => e.scrollWidth - e.clientWidth") == 0, place
+
+
 def test_what_became_of_a_file_is_not_told_to_the_next_person(open_page: Open) -> None:
     page = open_page("first")
     bring_in(page, history("first", 2))
