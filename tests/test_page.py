@@ -768,6 +768,19 @@ def test_a_long_word_does_not_run_out_of_what_is_told_of_it(open_page: Open) -> 
         assert page.locator(place).evaluate("e => e.scrollWidth - e.clientWidth") == 0, place
 
 
+def test_a_name_that_cannot_be_is_refused_with_the_reason_and_not_tried_for_ever(open_page: Open) -> None:
+    page = open_page("plain")
+    page.get_by_role("button", name="Switch person").click()
+    page.get_by_label("any name").fill("turned\u202eround")
+    page.keyboard.press("Enter")
+    expect(page.locator(".link")).to_have_attribute("data-state", "refused")
+    expect(page.locator(".sign-in")).to_contain_text("expected 1 to 256 printable characters")
+    page.get_by_role("button", name="Switch person").click()
+    page.get_by_label("any name").fill("plain")
+    page.keyboard.press("Enter")
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+
+
 def test_what_became_of_a_file_is_not_told_to_the_next_person(open_page: Open) -> None:
     page = open_page("first")
     bring_in(page, history("first", 2))

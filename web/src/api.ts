@@ -92,8 +92,8 @@ export class Api {
     try {
       return (await this.json<{ ticket: string }>("POST", "/attune/tickets")).ticket;
     } catch (error) {
-      // 404: the service gives no one a token by name, so a person has to bring one.
-      if (error instanceof ApiError && [401, 403, 404].includes(error.status)) throw new Refused(error.message);
+      // 404: the service gives no one a token by name, so a person has to bring one; 400: nobody can have that name.
+      if (error instanceof ApiError && [400, 401, 403, 404].includes(error.status)) throw new Refused(error.message);
       throw error;
     }
   }
