@@ -31,7 +31,7 @@ from service.errors import ApiError
 from service.forget import Removed
 from service.model_folder import ModelNotFound, resolve_model
 from service.redis_child import RedisUnavailable
-from service.settings import Settings, SettingsError, read_or_create_secret, token_key
+from service.settings import LONGEST_TOKEN_HOURS, Settings, SettingsError, read_or_create_secret, token_key
 from service.supervisor import USER_ERROR, AlreadyRunning, ChildGaveUp, running_settings
 from service.supervisor import serve as supervise
 
@@ -192,7 +192,8 @@ def announce(settings: Settings, *, as_json: bool) -> None:
 def token(
     user: User,
     hours: Annotated[
-        float | None, typer.Option(min=0.001, help="How long it is good for. [default: 24]")
+        float | None,
+        typer.Option(min=0.001, max=LONGEST_TOKEN_HOURS, help="How long it is good for. [default: 24]"),
     ] = None,
     data: Data = None,
     as_json: Json = False,

@@ -24,6 +24,7 @@ PREFIX = "ATTUNE_"
 LONGEST_SOCKET_PATH = 100
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SECRET_BYTES = 32
+LONGEST_TOKEN_HOURS = 100 * 366 * 24  # a century: what ends is a date
 
 
 class SettingsError(ValueError):
@@ -95,7 +96,7 @@ class Settings(BaseModel):
     training_share: float = Field(default=0.13, gt=0, le=1)
 
     # people
-    token_hours: float = Field(default=24.0, gt=0, le=100 * 366 * 24)  # a century: what ends is a date
+    token_hours: float = Field(default=24.0, gt=0, le=LONGEST_TOKEN_HOURS)
     replies_per_minute: int = Field(default=120, ge=1)  # one person
     demo_users: Literal["auto", "on", "off"] = "auto"  # the page's user switcher; auto: on loopback only
     origins: Annotated[tuple[str, ...], BeforeValidator(_commas)] = ()  # besides the page's own

@@ -67,6 +67,12 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     assert error.count("\n") == 1
 
 
+def test_hours_that_are_too_many_are_refused_by_the_name_they_were_given(tmp_path: Path) -> None:
+    error = attune("token", "ada", "--hours", "1e9", "--data", str(tmp_path), code=2)
+    assert "'--hours'" in error
+    assert "token-hours" not in error  # which no command takes
+
+
 def test_a_setting_that_does_not_exist_is_named(tmp_path: Path) -> None:
     error = attune("token", "ada", "--data", str(tmp_path), code=2, ATTUNE_PROT="80")
     assert error == "attune: ATTUNE_PROT: there is no such setting\n"
