@@ -233,6 +233,39 @@ def test_a_reload_in_the_middle_of_a_reply_takes_it_up_again(
     expect(page.locator(".reply .prose")).to_have_text(text, use_inner_text=True)
 
 
+def test_what_is_said_before_the_conversation_has_come_stays_on_the_page(open_page: Open) -> None:
+    page = open_page("hasty")
+    say(page, "What did you read last?")
+    reply_ended(page)
+    held: list[Route] = []
+    page.route("**/attune/conversations/*", lambda route: held.append(route))
+    page.reload()
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    say(page, "And before that?")
+    reply_ended(page)
+    held[0].continue_()
+    expect(page.locator(".bubble")).to_have_text(["What did you read last?", "And before that?"])
+    expect(page.locator(".reply")).to_have_count(2)
+
+
+def test_a_message_that_is_said_as_the_conversation_comes_stays_below_it(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("hastier")
+    say(page, "What did you read last?")
+    reply_ended(page)
+    held: list[Route] = []
+    page.route("**/attune/conversations/*", lambda route: held.append(route))
+    page.reload()
+    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    with engine_paused(service):
+        say(page, "And before that?")
+        reply_named(page)
+        held[0].continue_()
+        expect(page.locator(".bubble")).to_have_text(["What did you read last?", "And before that?"])
+    reply_ended(page, 2)
+
+
 def two_replies_and_a_reload(page: Page) -> None:
     """Two conversations whose replies are being written; the second one is open."""
     say(page, "What is the first thing?")

@@ -240,7 +240,7 @@ export class App {
     try {
       const turns = await api.conversation(thread.id);
       if (api !== this.api) return;
-      thread.items = itemsOf(turns);
+      thread.items = joined(thread.items, turns); // something may have been said before they came
       thread.state = "ready";
       this.pickUp(thread);
     } catch (error) {

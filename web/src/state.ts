@@ -185,5 +185,6 @@ export function joined(shown: Item[], turns: Turn[]): Item[] {
     }
     return [known ?? item, ...behind(id)];
   });
-  return [...first, ...items, ...[...alone.values()].flat()];
+  const rest = [...alone.values()].flat();
+  return here.size ? [...first, ...items, ...rest] : [...items, ...first];
 }
