@@ -383,6 +383,27 @@ def test_a_rating_that_is_lost_with_the_connection_is_sent_again(open_page: Open
     assert lost
 
 
+def test_what_was_said_elsewhere_while_the_connection_was_away_is_seen_when_it_is_back(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("absent")
+    sockets: list[WebSocketRoute] = []
+
+    def carry(socket: WebSocketRoute) -> None:
+        socket.connect_to_server()
+        sockets.append(socket)
+
+    page.route_web_socket("**/v1/responses", carry)
+    page.reload()
+    say(page, "How are you?")
+    reply_ended(page)
+    conversation = page.url.partition("#c=")[2]
+    turn = {"user": "absent", "conversation": conversation, "role": "user", "at": f"{datetime.now(UTC)}"}
+    service.attune("import", "-", text=json.dumps(turn | {"text": "From a file."}))
+    sockets[-1].close(code=1001)
+    expect(page.locator(".bubble")).to_have_text(["How are you?", "From a file."])
+
+
 def test_a_gateway_that_dies_costs_no_word_of_the_reply(open_page: Open, service: RunningService) -> None:
     page = open_page("survivor")
     with engine_paused(service):

@@ -506,6 +506,7 @@ export class App {
       this.touch(running.item);
     }
     this.learning.sendAgain();
+    void this.catchUp(this.state.thread);
     void this.loadMe();
     void this.loadConversations();
   }
