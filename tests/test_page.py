@@ -452,6 +452,17 @@ def test_what_is_said_in_one_tab_or_by_a_command_is_seen_in_the_other(
         page.evaluate("dispatchEvent(new Event('focus'))")
         expect(page.locator(".bubble")).to_have_text(["How are you?", "And now?", "From a file."])
         expect(page.locator(".reply")).to_have_count(2)
+    # Who reads further up stays there.
+    service.attune("import", "-", text=json.dumps(turn | {"text": "A long one. " * 1000}))
+    there.evaluate("dispatchEvent(new Event('focus'))")
+    expect(there.locator(".bubble")).to_have_count(4)
+    expect(there.get_by_role("button", name="To the newest")).to_be_hidden()
+    there.locator(".scroller").evaluate("scroller => scroller.scrollTo(0, 0)")
+    service.attune("import", "-", text=json.dumps(turn | {"text": "One more."}))
+    there.evaluate("dispatchEvent(new Event('focus'))")
+    expect(there.locator(".bubble")).to_have_count(5)
+    assert there.locator(".scroller").evaluate("scroller => scroller.scrollTop") == 0
+    expect(there.get_by_role("button", name="To the newest")).to_be_visible()
 
 
 def test_base_and_mine_answer_side_by_side_and_nothing_of_it_is_kept(open_page: Open) -> None:

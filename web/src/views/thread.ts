@@ -34,9 +34,11 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
 
   function rebuild(): void {
     const { thread: current } = app.state;
-    // What the person just asked for is shown, wherever they had scrolled to.
-    const asked = (current.items.at(-1)?.key ?? "") !== lastKey;
-    lastKey = current.items.at(-1)?.key ?? "";
+    // What was just asked for here is shown, wherever the person had scrolled to; not what comes from elsewhere.
+    const last = current.items.at(-1);
+    const ours = last?.kind === "compare" || (last?.kind === "reply" && last.reply !== null);
+    const asked = ours && last.key !== lastKey;
+    lastKey = last?.key ?? "";
     const follow = asked || nearEnd() || current.id !== shownThread;
     if (current.id !== shownThread) {
       views.clear();
