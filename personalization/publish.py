@@ -125,8 +125,7 @@ async def publish(
     Raises DiskFull, AdapterError (the weights are not fit to be served), Superseded, HistoryForgotten.
     """
     check_room(shelf)
-    version = await store.next_version(user, epoch=before.epoch)
-    folder = version_folder(shelf.root, store.adapter_id(user), version)
+    version, folder = await _next_place(shelf, store, user, before.epoch)
     meta = _meta(version, origin)
     await asyncio.to_thread(place, folder, weights, meta, shelf.config)
     end = None if before.trial is None else ended(before, "replaced", origin.created_at)
@@ -207,18 +206,18 @@ async def tidy(shelf: Shelf, store: Store, *, now: float | None = None) -> int:
     """Remove what crashes left under the adapter root: folders being written, versions without a record,
     people who are gone. Lost records come back (`recorded_versions`). Returns how many folders went.
 
-    A store that never heard of anyone here is not the one that these adapters belong to: another Redis, or
-    one that lost its file. Then nothing is removed."""
+    A store that never gave a person a version is not the one that their adapters belong to: another Redis, or
+    one that lost its file. Then nothing of theirs is removed."""
     if not shelf.root.is_dir():
         return 0
     before = (time.time() if now is None else now) - LEFTOVER_AFTER_S
     people = sorted(path for path in shelf.root.iterdir() if path.is_dir())
-    if people and not await store.ever_knew([person.name for person in people]):
-        log.warning("versions.of_nobody", folder=str(shelf.root), people=len(people))
-        return 0
+    ever_known = await store.ever_knew([person.name for person in people])
+    if strangers := len(people) - len(ever_known):
+        log.warning("versions.of_nobody", folder=str(shelf.root), people=strangers)
     users = {store.adapter_id(user): user async for user in store.users()}
     removed = 0
-    for person in people:
+    for person in (each for each in people if each.name in ever_known):
         known = await _known_versions(shelf, store, users.get(person.name))
         for folder in [*_inside(person), person]:
             keep = bool(_inside(person)) if folder == person else folder.name in known
@@ -245,6 +244,16 @@ async def recorded_versions(shelf: Shelf, store: Store, user: str, pointer: Poin
         await store.add_version(user, record, epoch=pointer.epoch)
         found = await store.versions(user)
     return found
+
+
+async def _next_place(shelf: Shelf, store: Store, user: str, epoch: int) -> tuple[int, Path]:
+    """The next version's number and folder. A store that lost its newest words gives numbers out again whose
+    folders are there still; what was known by such a number stays what it was."""
+    while True:
+        version = await store.next_version(user, epoch=epoch)
+        folder = version_folder(shelf.root, store.adapter_id(user), version)
+        if not folder.exists():
+            return version, folder
 
 
 async def _known_versions(shelf: Shelf, store: Store, user: str | None) -> set[str]:

@@ -315,13 +315,17 @@ class Store:
             if cursor == 0:
                 return
 
-    async def ever_knew(self, adapter_ids: Sequence[str]) -> bool:
-        """Whether any of these ever had a version here, forgotten or not."""
+    async def ever_knew(self, adapter_ids: Sequence[str]) -> set[str]:
+        """Those of them that ever had a version here, forgotten or not."""
+        known: set[str] = set()
         for start in range(0, len(adapter_ids), READ_BATCH):
-            lives = [lua.life_key(each) for each in adapter_ids[start : start + READ_BATCH]]
-            if await self._ask(self._redis.exists(*lives)):
-                return True
-        return False
+            batch = adapter_ids[start : start + READ_BATCH]
+            pipe = self._redis.pipeline(transaction=False)
+            for adapter_id in batch:
+                pipe.exists(lua.life_key(adapter_id))
+            lives = await self._ask(pipe.execute())
+            known.update(adapter_id for adapter_id, there in zip(batch, lives, strict=True) if there)
+        return known
 
     # The adapter
 

@@ -15,6 +15,7 @@ from personalization.history import Turn
 from personalization.lineage import stand_ins
 from personalization.publish import DiskFull, Origin, Shelf, Superseded, UnknownVersion
 from personalization.store import HistoryForgotten, Pointer, Store
+from personalization.store_lua import life_key
 from tests.redis_fixture import SECRET
 from tests.small_model import CONFIG
 
@@ -283,8 +284,9 @@ async def test_removing_a_persons_versions_leaves_the_others(shelf, store):
     assert room.remove_versions(shelf.root, store.adapter_id("ann")) == room.Removed(0, 0)
 
 
-async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store):
+async def test_tidying_removes_what_crashes_left_and_nothing_else(shelf, store, redis):
     await known(store)
+    await redis.hset(life_key("f" * 64), "epoch", 1)  # somebody who was forgotten
     await room.publish(shelf, store, "ann", weights(), ORIGIN, await store.pointer("ann"))
     person = shelf.root / store.adapter_id("ann")
     leftovers = [person / ".aside-1", person / "7", shelf.root / ("f" * 64) / "1"]
@@ -327,6 +329,24 @@ async def test_tidying_removes_nothing_when_the_store_is_not_the_one_of_these_ad
     await store.forget("ann")
     assert await room.tidy(shelf, store, now=later) == 2
     assert on_disk(shelf) == []
+
+
+async def test_a_store_that_lost_its_file_learns_of_one_person_and_the_others_keep_their_folders(
+    shelf, store, redis
+):
+    for user in ("ann", "bob"):
+        await known(store, user)
+        for _ in range(2):
+            await room.publish(shelf, store, user, weights(), ORIGIN, await store.pointer(user))
+    await redis.flushdb()
+    await known(store)
+    # The numbers begin anew, beside the folders of those that were.
+    assert await room.publish(shelf, store, "ann", weights(0.25), ORIGIN, await store.pointer("ann")) == 3
+    later = time.time() + timedelta(hours=2).total_seconds()
+    assert await room.tidy(shelf, store, now=later) == 2
+    theirs = {user: shelf.root / store.adapter_id(user) for user in ("ann", "bob")}
+    assert sorted(path.name for path in theirs["ann"].iterdir()) == ["3"]
+    assert sorted(path.name for path in theirs["bob"].iterdir()) == ["1", "2"]
 
 
 async def test_tidying_gives_a_serving_version_the_record_that_a_crash_cost(shelf, store):
