@@ -34,6 +34,10 @@ USER_PARTS = (
 )
 CONVERSATION_PART = "conversation:"  # + conversation id; sorted set like `order`
 
+# Of corrections of corrections, how many are followed: a file may have them in a circle, or in a chain so
+# long that everybody would wait for the server.
+MOST_LINKS = 16
+
 
 def user_prefix(adapter_id: str) -> str:
     return f"{USER_PREFIX}{adapter_id}:"
@@ -87,6 +91,7 @@ end
 # removed, corrects. → number of new turns, or -1 after a forget.
 APPEND = (
     _PERSON
+    + f"local MOST_LINKS = {MOST_LINKS}\n"
     + """
 if stale(ARGV[1]) then return -1 end
 local added = 0
@@ -102,9 +107,9 @@ for i = 4, #ARGV, 8 do
     if ARGV[i + 5] ~= '' then redis.call('HSET', ratings, id, ARGV[i + 5]) end
     if ARGV[i + 6] ~= '' then redis.call('HSET', removed, id, 'person') end
     if original ~= '' then
-      local old, passed = original, {}  -- a file may hold turns that correct each other
-      while old and not passed[old] do
-        passed[old] = true
+      local old, left = original, MOST_LINKS
+      while old and left > 0 do
+        left = left - 1
         redis.call('HSETNX', removed, old, 'corrected')
         settle(old)
         old = redis.call('HGET', corrections, old)

@@ -191,6 +191,14 @@ async def test_turns_that_correct_each_other_hold_nobody_up(store: Store) -> Non
     assert [each.id for each in await store.turns("ann") if learned(each)] == ["of c", "of d"]
 
 
+async def test_a_long_chain_of_corrections_of_corrections_holds_nobody_up(store: Store, redis: Redis) -> None:
+    chain = [reply(f"c{n}", author="person", corrects=f"c{n - 1}") for n in range(1, 1_000)]
+    await store.append("ann", [reply("c0"), *chain])
+    await redis.config_resetstat()
+    await store.append("ann", [reply(f"of c{n}", author="person", corrects=f"c{n}") for n in range(50)])
+    assert (await redis.info("commandstats"))["cmdstat_hget"]["calls"] < 5_000
+
+
 async def test_a_correction_of_who_is_forgotten_meanwhile_is_not_kept(store: Store, redis: Redis) -> None:
     class ForgottenMeanwhile(Store):
         async def turn(self, user: str, turn_id: str) -> Turn:
