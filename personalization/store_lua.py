@@ -106,7 +106,11 @@ for i = 4, #ARGV, 8 do
     redis.call('HSET', authors, id, ARGV[i + 4])
     if ARGV[i + 5] ~= '' then redis.call('HSET', ratings, id, ARGV[i + 5]) end
     if ARGV[i + 6] ~= '' then redis.call('HSET', removed, id, 'person') end
-    if original ~= '' then
+    if original ~= '' and ARGV[i + 6] ~= '' then  -- brought along as one that no longer counts
+      redis.call('HSETNX', removed, original, 'corrected')
+      settle(original)
+      redis.call('HSETNX', corrections, original, id)
+    elseif original ~= '' then
       local old, left = original, MOST_LINKS
       while old and left > 0 do
         left = left - 1

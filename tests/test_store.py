@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from personalization.history import InvalidTurn, Turn, effective, learned
+from personalization.history import InvalidTurn, Turn, dump, effective, learned, parse
 from personalization.store import (
     APPEND_BATCH,
     EventsExpired,
@@ -189,6 +189,18 @@ async def test_turns_that_correct_each_other_hold_nobody_up(store: Store) -> Non
     later = [reply(f"of {name}", 1, author="person", corrects=name) for name in "bcd"]
     assert await store.append("ann", [*around, *later]) == 6
     assert [each.id for each in await store.turns("ann") if learned(each)] == ["of c", "of d"]
+
+
+async def test_a_history_brought_to_another_person_keeps_which_correction_is_the_newest(store: Store) -> None:
+    brought = reply("first", 5, author="person", corrects="b")
+    await store.append("ann", [turn("a"), reply("b", 1), brought])
+    newest = (await store.correct("ann", "b", "best")).id  # stands before the one that it replaced
+    lines = [line.encode() for line in dump("bob", await store.turns("ann"))]
+    await store.append("bob", parse(lines).turns["bob"])
+    assert [each.id for each in await store.turns("bob") if learned(each)] == ["a", newest]
+    assert await store.learned_count("bob") == 2
+    again = (await store.correct("bob", "b", "better still")).id
+    assert [each.id for each in await store.turns("bob") if learned(each)] == ["a", again]
 
 
 async def test_a_long_chain_of_corrections_of_corrections_holds_nobody_up(store: Store, redis: Redis) -> None:
