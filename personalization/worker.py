@@ -379,7 +379,7 @@ async def run_worker(settings: WorkerSettings) -> None:
     gathering = asyncio.create_task(gatherer.run())
     try:
         await tidy(kit.shelf, store)
-        await _drop_next_night(queue)
+        await _drop_next_night(queue, settings)
         log.info("worker.ready", model=settings.model_name)
         await worker.start()
     finally:
@@ -413,12 +413,12 @@ async def _kit(settings: WorkerSettings, store: Store) -> Kit:
     )
 
 
-async def _drop_next_night(queue: RefreshQueue) -> None:
+async def _drop_next_night(queue: RefreshQueue, settings: WorkerSettings) -> None:
     """The night that the queue waits for is of the hour set when it was put there: it is put there anew, if
-    there is to be one. One that is due already was missed, and is made up for."""
+    there is to be one. One that is due already was missed, and is made up for, if there are to be any."""
     with talking_to_redis():
         job = await queue.job(NIGHT_KEY)
-        if job is not None and job.scheduled > time.time():
+        if job is not None and (settings.nightly_hour is None or job.scheduled > time.time()):
             await queue.erase(NIGHT_KEY)
 
 

@@ -868,6 +868,19 @@ async def test_a_night_that_was_missed_is_made_up_for(
         await asyncio.wait_for(asked.wait(), 30)
 
 
+async def test_a_night_that_was_missed_is_not_made_up_for_where_there_are_to_be_none(
+    settings: WorkerSettings, queue: RefreshQueue
+):
+    missed = int(time.time()) - 600
+    await queue.enqueue(Job(function="run_nightly", key="cron:run_nightly", scheduled=missed, timeout=600))
+
+    async def gone() -> bool:
+        return await queue.job("cron:run_nightly") is None  # a failed one would stay for a while
+
+    async with working(dataclasses.replace(settings, nightly_hour=None)):
+        await until(gone, seconds=10)
+
+
 async def test_the_night_begins_at_its_hour_after_the_clocks_were_put_forward_too(
     settings: WorkerSettings, queue: RefreshQueue, monkeypatch: pytest.MonkeyPatch
 ):
