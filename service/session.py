@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import structlog
 from msgspec import UNSET
@@ -74,7 +75,7 @@ class Session:
     replies: Replies
     metrics: Metrics
     options: SessionOptions
-    refresh: Callable[[str, str], Awaitable[object]]  # (user, reason)
+    refresh: Callable[[str, str], Awaitable[dict[str, Any]]]  # (user, reason)
     clock: Callable[[], float]
     new_id: Callable[[], str]  # hexadecimal, never the same twice
     new_seed: Callable[[], int]
@@ -310,9 +311,9 @@ class Session:
         try:
             standing = await self.health.ask(lambda: self.store.standing(user))
             if due_now(standing, self.options.when, lost=lost).due:
-                if lost:
+                asked = await self.refresh(user, "turns")
+                if lost and asked["state"] != "failed":  # else one that failed lately is not begun again yet
                     self._replaced[user] = lost
-                await self.refresh(user, "turns")
         except StoreUnavailable:
             pass
         except Exception:

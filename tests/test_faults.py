@@ -790,6 +790,28 @@ async def test_a_version_that_cannot_be_loaded_is_learned_again_once(service: Ti
         assert gateway.calls.refreshes == expected
 
 
+async def test_a_version_that_cannot_be_loaded_is_asked_for_until_its_refresh_may_begin(
+    service: TinyService,
+) -> None:
+    """One that failed for good is not begun again at once by what its person says."""
+    states, asked = ["failed", "failed", "queued", "queued"], 0
+
+    async def refresh(user: str, reason: str) -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        return {"job_id": "job-1", "state": states[asked - 1]}
+
+    session = SessionOptions(max_output_tokens=2, when=When(minimum_turns=1, after_turns=50))
+    async with service.gateway(session=session) as gateway:
+        gateway.gateway.session.refresh = refresh
+        await service.give_adapter("ann", 1)
+        await service.give_adapter("ann", 2, good=False)
+        for expected in (1, 2, 3, 3):
+            reply = await gateway.client("ann").responses.create(model="me", input="hello")
+            await gateway.done_with(reply.id)
+            assert asked == expected
+
+
 # ---------------------------------------------------------------- clients
 
 
