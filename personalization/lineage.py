@@ -38,8 +38,8 @@ def stand_ins(records: Sequence[VersionRecord], learnable: Collection[str], serv
     by_version = {record.version: record for record in records}
     marked = marks(records, learnable)
     found: list[int] = []
-    record = by_version.get(serving)
-    while record is not None and (record := by_version.get(record.parent)) is not None:
+    record = by_version.pop(serving, None)
+    while record is not None and (record := by_version.pop(record.parent, None)) is not None:
         if record.accepted and record.version not in marked:
             found.append(record.version)
     return found

@@ -66,6 +66,12 @@ def test_a_version_that_was_gone_back_from_by_hand_does_not_return_when_a_later_
     assert clean([*tried, record(4, 0, "abd", anew=True)], "abc", 4) == 0  # back from 3 to the base
 
 
+def test_records_that_name_each_other_as_parents_hold_nobody_up():
+    around = [record(1, 2, "a", anew=True), record(2, 1, "b", anew=True), record(3, 3, "c", anew=True)]
+    assert stand_ins(around, "abc", 2) == [1]
+    assert stand_ins(around, "abc", 3) == []
+
+
 def test_a_version_without_a_parent_is_clean_of_what_others_saw():
     records = [*CHAIN, record(5, 0, "bcdef")]
     assert clean(records, "bcdef", 5) == 5
