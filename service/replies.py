@@ -423,8 +423,9 @@ class Replies:
 
     def _drop_if_read(self, reply: Reply) -> None:
         """Let go of an ended reply that its client has all of; not before its task has ended, for which
-        forgetting the person waits."""
-        read = reply.acknowledged >= len(reply.entries) - 1
+        forgetting the person waits. One that the store may have begun without saying so is still to be found
+        there (`adopt_orphans`)."""
+        read = reply.acknowledged >= len(reply.entries) - 1 and reply.stored is not None
         if reply.done and read and not reply.running and reply.listeners == 0:
             self._let_go(reply)
 

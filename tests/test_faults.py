@@ -577,9 +577,11 @@ async def test_a_reply_that_was_stopped_without_redis_is_not_written_further_onc
     await own_store.close()
 
 
+@pytest.mark.parametrize("read", [False, True])
 async def test_a_stopped_reply_whose_beginning_redis_took_without_saying_so_is_not_written_again(
-    service: TinyService, own_store: Store, monkeypatch: pytest.MonkeyPatch
+    service: TinyService, own_store: Store, monkeypatch: pytest.MonkeyPatch, read: bool
 ) -> None:
+    """Nor when its client has read it to its end at once."""
     create = own_store.create_response
 
     async def unanswered(*about: Any, **more: Any) -> bool:
@@ -599,6 +601,8 @@ async def test_a_stopped_reply_whose_beginning_redis_took_without_saying_so_is_n
             reply.cancel("cancelled")
             let_go()
             await until(lambda: reply.done and not reply.running)
+            if read:
+                replies.acknowledge(reply, len(reply.entries) - 1)
             await until(lambda: begun.id not in replies._replies)
             await asyncio.sleep(3 * patience.lease)
             kept = await client.responses.retrieve(begun.id)
