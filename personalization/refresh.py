@@ -211,8 +211,10 @@ async def _prepare(user: str, kit: Kit) -> _Prepared | Outcome:
     if pointer.trial is not None and clean == pointer.version:
         tried = pointer.trial.version
         known = _known(turns, lineage.seen(records, tried), kit.policy)
+        # It may not have learned those that judged it; a refresh has seen them all the same.
+        is_old = known.issuperset(lesson.all_turns) or not await kit.store.learned_since_refresh(user)
         # The same again would only begin its trial anew.
-        if known.issuperset(lesson.all_turns) and await _loads(kit, adapter_id, tried):
+        if is_old and await _loads(kit, adapter_id, tried):
             await kit.store.mark_refreshed(user, lesson.all_turns, epoch=pointer.epoch)
             reason = f"nothing new to learn since version {tried}, which is on trial"
             return Outcome(user, "completed", before=clean, after=clean, reason=reason)

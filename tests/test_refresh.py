@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -476,6 +477,27 @@ async def test_a_trial_is_not_begun_anew_by_who_asks_again_with_nothing_new(kit:
     (kit.shelf.root / store.adapter_id("ann") / "2" / "adapter_model.safetensors").write_bytes(b"broken")
     assert (await run(["ann"], trying))[0]["ann"].trial
     assert (await store.pointer("ann")).answering == {0, 3}
+
+
+@on_one_loop
+async def test_a_trial_of_what_could_not_learn_the_newest_turns_is_not_begun_anew_either(
+    kit: Kit, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    learn = kit.trainer.run
+
+    async def unfinished(*batch: Any) -> AsyncIterator[Any]:
+        async with aclosing(learn(*batch)) as events:
+            async for event in events:
+                yield dataclasses.replace(event, finished=False) if isinstance(event, Judged) else event
+
+    monkeypatch.setattr(kit.trainer, "run", unfinished)
+    trying = dataclasses.replace(kit, policy=dataclasses.replace(POLICY, trial_share=0.25))
+    await store.append("ann", talk("ann", 40))
+    assert (await run(["ann"], trying))[0]["ann"].trial
+    before = await store.pointer("ann")
+    ended, _ = await run(["ann"], trying)
+    assert ended["ann"].reason == "nothing new to learn since version 1, which is on trial"
+    assert await store.pointer("ann") == before
 
 
 @on_one_loop
