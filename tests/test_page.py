@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from playwright.sync_api import (
+    APIResponse,
     Browser,
     ConsoleMessage,
     Page,
@@ -463,6 +464,51 @@ def test_what_is_said_in_one_tab_or_by_a_command_is_seen_in_the_other(
     expect(there.locator(".bubble")).to_have_count(5)
     assert there.locator(".scroller").evaluate("scroller => scroller.scrollTop") == 0
     expect(there.get_by_role("button", name="To the newest")).to_be_visible()
+
+
+def test_an_answer_that_is_older_than_what_was_said_since_does_not_hide_it(
+    open_page: Open, service: RunningService
+) -> None:
+    page = open_page("overtaken")
+    say(page, "How are you?")
+    reply_ended(page)
+    conversation = page.url.partition("#c=")[2]
+    held: list[tuple[Route, APIResponse]] = []
+    holding = True
+
+    def hold(route: Route) -> None:
+        held.append((route, route.fetch()))
+        if not holding:
+            let_go()
+
+    def look_again(text: str) -> None:
+        turn = {"user": "overtaken", "conversation": conversation, "role": "user", "text": text}
+        service.attune("import", "-", text=json.dumps(turn | {"at": f"{datetime.now(UTC)}"}))
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        page.wait_for_timeout(300)
+
+    def let_go() -> None:
+        """In the order in which they were asked for."""
+        while held:
+            route, answer = held.pop(0)
+            route.fulfill(response=answer)
+
+    page.wait_for_timeout(1000)  # nothing of the reply is asked for any more
+    page.route("**/attune/conversations/*", hold)
+    look_again("From a file.")
+    look_again("From another.")
+    holding = False
+    let_go()
+    expect(page.locator(".bubble")).to_have_text(["How are you?", "From a file.", "From another."])
+    holding = True
+    look_again("From a third.")
+    liked = page.get_by_role("button", name="Good reply: learn from it")
+    liked.click()
+    page.wait_for_timeout(500)
+    holding = False
+    let_go()
+    expect(page.locator(".bubble")).to_have_count(4)
+    expect(liked).to_have_attribute("aria-pressed", "true")
 
 
 def test_base_and_mine_answer_side_by_side_and_nothing_of_it_is_kept(open_page: Open) -> None:

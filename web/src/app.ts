@@ -84,8 +84,10 @@ export class App {
   private threads = new Map<string, Thread>();
   private running = new Map<string, Running>();
   private later = 0;
-  /** Conversations in which something was said elsewhere while something of ours was under way. */
+  /** Conversations in which something was said elsewhere that is not shown yet. */
   private readonly behind = new Set<Thread>();
+  /** Those of which the history is on its way. */
+  private readonly asked = new Set<Thread>();
   private readonly tabs = new BroadcastChannel("attune");
 
   constructor() {
@@ -102,6 +104,7 @@ export class App {
     this.threads.clear();
     this.running.clear();
     this.behind.clear();
+    this.asked.clear();
     this.learning.reset();
     this.touched.clear();
     // A token that was pasted is good for the person it names alone.
@@ -199,29 +202,37 @@ export class App {
   /** Something was said or done here: this person's other tabs look again, and so do we where we could not. */
   done(): void {
     this.tabs.postMessage(this.state.user);
-    for (const thread of [...this.behind]) void this.catchUp(thread);
+    for (const thread of [...this.behind, ...this.asked]) void this.catchUp(thread);
     this.soon();
   }
 
-  /** Show what was said elsewhere in a conversation that was read before. */
+  /** Show what was said elsewhere in a conversation that was read before. One question at a time: an answer is older
+   * than what was said while it was on its way, which is asked for after it. */
   private async catchUp(thread: Thread): Promise<void> {
-    const { api } = this;
-    const { items } = thread;
-    const shown = items.length;
-    const busy = (): boolean => this.isRunning(thread.id) || this.learning.waits || items.length !== shown;
     if (thread.state !== "ready") return;
     this.behind.add(thread);
-    if (busy()) return;
+    if (this.asked.has(thread)) return;
+    const { api } = this;
+    const busy = (): boolean => this.isRunning(thread.id) || this.learning.waits;
+    this.asked.add(thread);
     try {
-      const turns = await api.conversation(thread.id);
-      if (api !== this.api || thread.items !== items || busy()) return;
-      thread.items = joined(items, turns);
+      while (this.behind.has(thread) && !busy()) {
+        this.behind.delete(thread);
+        const { items } = thread;
+        const shown = items.length;
+        const turns = await api.conversation(thread.id);
+        if (api !== this.api) return;
+        if (busy() || thread.items !== items || items.length !== shown) this.behind.add(thread);
+        if (this.behind.has(thread)) continue;
+        thread.items = joined(items, turns);
+        for (const item of thread.items) this.touched.add(item);
+        this.signals.raise("thread", "items");
+      }
     } catch {
-      return; // what is shown stays
+      if (api === this.api) this.behind.add(thread); // what is shown stays
+    } finally {
+      this.asked.delete(thread);
     }
-    this.behind.delete(thread);
-    for (const item of thread.items) this.touched.add(item);
-    this.signals.raise("thread", "items");
   }
 
   private show(thread: Thread): void {
