@@ -5,6 +5,7 @@ service's settings in its folder. Exit code 1: the service failed; 2: it cannot 
 """
 
 import asyncio
+import errno
 import json
 import os
 import shlex
@@ -65,6 +66,7 @@ ASKED_WRONGLY = (
     NotPossible,
     processes.ModelUnusable,
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # where the output goes, or in the data folder
 SERVICE_FAILED = (StoreError, EngineError, operations.LearningFailed, ConnectionError, TimeoutError)
 
 Data = Annotated[Path | None, typer.Option(help="Data folder of the service. [default: ./data]")]
@@ -79,13 +81,30 @@ Host = Annotated[str | None, typer.Option(help="[default: 127.0.0.1, this machin
 
 def main() -> None:
     try:
-        app()
+        try:
+            app()
+        finally:
+            flush_output()
     except ASKED_WRONGLY as error:
         fail(str(error), USER_ERROR)
     except SERVICE_FAILED as error:
         fail(str(error) or type(error).__name__, 1)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        fail(str(error), 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def flush_output() -> None:
+    """Write what was printed while a failure of that can be told; else the interpreter tries at its end."""
+    try:
+        if sys.stdout is not None:  # None: it was closed
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which tries again all the same
+        raise
 
 
 def fail(message: str, code: int) -> None:

@@ -73,6 +73,18 @@ def test_hours_that_are_too_many_are_refused_by_the_name_they_were_given(tmp_pat
     assert "token-hours" not in error  # which no command takes
 
 
+@pytest.mark.parametrize("at_once", ["", "1"], ids=["at the end", "at once"])
+def test_an_output_that_takes_no_more_is_one_line_and_exit_code_one(tmp_path: Path, at_once: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "service.cli", "token", "ada", "--data", str(tmp_path)],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
+            env={"PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": at_once},
+        )  # fmt: skip
+    assert done.stderr == "attune: [Errno 28] No space left on device\n"
+    assert done.returncode == 1
+
+
 def test_a_setting_that_does_not_exist_is_named(tmp_path: Path) -> None:
     error = attune("token", "ada", "--data", str(tmp_path), code=2, ATTUNE_PROT="80")
     assert error == "attune: ATTUNE_PROT: there is no such setting\n"
