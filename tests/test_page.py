@@ -466,6 +466,25 @@ def test_what_is_said_in_one_tab_or_by_a_command_is_seen_in_the_other(
     expect(there.get_by_role("button", name="To the newest")).to_be_visible()
 
 
+def test_a_press_that_begins_while_the_lists_are_asked_for_anew_is_not_lost(open_page: Open) -> None:
+    page = open_page("returner")
+    say(page, "What is the first thing?")
+    reply_ended(page)
+    page.get_by_role("button", name="New conversation").click()
+    say(page, "What is the second thing?")
+    reply_ended(page)
+    page.wait_for_timeout(1000)  # nothing of the reply is asked for any more
+    row = page.locator(".conversation", has_text="What is the first thing?")
+    row.hover()
+    with page.expect_response("**/attune/conversations"):
+        page.mouse.down()
+        page.evaluate("dispatchEvent(new Event('focus'))")  # as the press gives it to a window that had none
+    page.wait_for_timeout(200)
+    expect(row).to_be_focused()
+    page.mouse.up()
+    expect(page.locator(".bubble")).to_have_text("What is the first thing?", timeout=10_000)
+
+
 def test_an_answer_that_is_older_than_what_was_said_since_does_not_hide_it(
     open_page: Open, service: RunningService
 ) -> None:

@@ -39,6 +39,22 @@ export function setAttr(element: Element, name: string, value: string | number |
   else element.setAttribute(name, value === true ? "" : String(value));
 }
 
+/** Show these rows, of which each names itself by `data-key` or its text, and leave alone those that are there already:
+ * a press that began on a row, and the keyboard in it, would be lost with it. */
+export function renew(parent: Element, rows: Element[]): void {
+  const nameOf = (row: Element): string | null => row.getAttribute("data-key") ?? row.textContent;
+  const there = new Map([...parent.children].map((row) => [nameOf(row), row]));
+  const wanted = rows.map((row) => {
+    const known = there.get(nameOf(row));
+    return known?.isEqualNode(row) ? known : row;
+  });
+  const kept = new Set(wanted);
+  for (const row of [...parent.children]) if (!kept.has(row)) row.remove();
+  wanted.forEach((row, at) => {
+    if (parent.children[at] !== row) parent.insertBefore(row, parent.children[at] ?? null);
+  });
+}
+
 /** Write only what changed, so that screen readers and the caret are left alone. */
 export function setText(element: Element, text: string): void {
   if (element.textContent !== text) element.textContent = text;

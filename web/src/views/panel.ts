@@ -1,7 +1,7 @@
 /** The person's adapter: which version answers, learning now, every version, what it learned from, and their data. */
 
 import type { App } from "../app";
-import { button, h, icon, setAttr, setText } from "../dom";
+import { button, h, icon, renew, setAttr, setText } from "../dom";
 import { ago, plural, sentence, versionName } from "../format";
 import { ended, type Refresh } from "../state";
 import { confirmForget } from "./dialogs";
@@ -200,8 +200,9 @@ function learnedFrom(app: App): HTMLElement {
     const turns = app.state.learned ?? [];
     setText(count, app.state.learned ? turns.length.toLocaleString() : "");
     const newest = turns.toSorted((a, b) => Date.parse(b.at) - Date.parse(a.at));
-    list.replaceChildren(...newest.slice(0, shown).map((turn) => turnRow(app, turn)));
-    if (turns.length === 0 && app.state.learned) list.replaceChildren(h("li", { class: "nothing", text: "Nothing yet." }));
+    const rows = newest.slice(0, shown).map((turn) => turnRow(app, turn));
+    if (turns.length === 0 && app.state.learned) rows.push(h("li", { class: "nothing", text: "Nothing yet." }));
+    renew(list, rows);
     more.hidden = turns.length <= shown;
   }
   app.signals.on("panel", update);

@@ -1,7 +1,7 @@
 /** Conversations by day, search, and who is speaking. */
 
 import type { App } from "../app";
-import { button, h, icon, setAttr, setText } from "../dom";
+import { button, h, icon, renew, setAttr, setText } from "../dom";
 import { hueOf, initials, period } from "../format";
 import { GUEST, samplePerson } from "../state";
 
@@ -47,7 +47,7 @@ function fill(app: App, list: HTMLElement): void {
     const current = one.id === thread.id;
     const row = h(
       "button",
-      { class: "conversation", attrs: { type: "button", "aria-current": current ? "page" : null, title: one.title }, on: { click: () => void app.open(one.id) } },
+      { class: "conversation", attrs: { type: "button", "data-key": one.id, "aria-current": current ? "page" : null, title: one.title }, on: { click: () => void app.open(one.id) } },
       h("span", { text: one.title || "Untitled", attrs: { dir: "auto" } }),
       app.isRunning(one.id) && h("span", { class: "pulse", attrs: { role: "img", "aria-label": "being answered" } }),
     );
@@ -61,7 +61,7 @@ function fill(app: App, list: HTMLElement): void {
   } else if (rows.length === 0) {
     rows.push(h("p", { class: "nothing", text: wanted ? `Nothing is called “${search.trim()}”.` : "Your conversations will stand here." }));
   }
-  list.replaceChildren(...rows);
+  renew(list, rows);
 }
 
 /** The person at the foot of the list, and the menu to become another. */

@@ -1,7 +1,7 @@
 /** Every version of the person's adapter: what it gained, what it learned from, turn by turn, and how to go back to it. */
 
 import type { App } from "../app";
-import { button, h, icon } from "../dom";
+import { button, h, icon, renew } from "../dom";
 import { day, figure, plural, sentence, shortTime, versionName, words } from "../format";
 import type { Turn, Version } from "../protocol";
 
@@ -16,7 +16,7 @@ export function versions(app: App): HTMLElement {
     const serving = me?.adapter.version ?? 0;
     const rows = (known ?? []).filter((one) => one.version > 0).map((one) => versionRow(app, one, serving, opened));
     const base = versionRow(app, { version: 0, accepted: true, reason: "The model as it came, nothing learned." }, serving, opened);
-    list.replaceChildren(...rows, base);
+    renew(list, [...rows, base]);
   };
   app.signals.on(["panel", "me"], update);
   whenSomeoneElse(app, () => opened.names.clear());
@@ -55,7 +55,7 @@ function versionRow(app: App, one: Version, serving: number, opened: Opened): HT
   const numbers = Object.entries(one.numbers ?? {});
   return h(
     "li",
-    { class: "version", attrs: { "data-version": one.version, "data-current": current, "data-refused": !one.accepted } },
+    { class: "version", attrs: { "data-key": one.version, "data-version": one.version, "data-current": current, "data-refused": !one.accepted } },
     h(
       "div",
       { class: "version-line" },
@@ -146,7 +146,7 @@ export function turnRow(app: App, turn: Turn): HTMLElement {
   const gone = turn.learned === false;
   return h(
     "li",
-    { attrs: { "data-gone": gone } },
+    { attrs: { "data-key": turn.id, "data-gone": gone } },
     h("div", {}, h("small", { text: `${what} · ${day(turn.at)}${gone ? " · taken out" : ""}` }), h("p", { text: turn.text, attrs: { dir: "auto" } })),
     !gone && button({ class: "quiet", icon: "close", label: "Do not learn from this", press: () => void app.learning.unlearn(turn.id) }),
   );
