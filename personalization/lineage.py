@@ -5,18 +5,19 @@ A version has seen the turns it was trained on, and one that was carried on from
 too. It is marked once one of them may no longer be learned: taken out by the person, rated down, put right.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 
 from personalization.store_records import VersionRecord
 
 
 def seen(records: Sequence[VersionRecord], version: int) -> frozenset[str]:
     """The ids of the turns that went into `version`."""
-    by_version = {record.version: record for record in records}
     ids: set[str] = set()
-    while (record := by_version.pop(version, None)) is not None:
+    for record in _line(records, version):
         ids.update(record.turn_ids)
-        version = 0 if record.anew else record.parent
+        if record.anew:
+            break
     return frozenset(ids)
 
 
@@ -35,14 +36,9 @@ def stand_ins(records: Sequence[VersionRecord], learnable: Collection[str], serv
     """The versions that may answer in place of the serving one, the newest first: its parent, and that
     one's, as far as they are not marked. Each was to do better than its parent, so these answered before it;
     one that was taken back, by hand or on trial, is nobody's parent unless the person came back to it."""
-    by_version = {record.version: record for record in records}
     marked = marks(records, learnable)
-    found: list[int] = []
-    record = by_version.pop(serving, None)
-    while record is not None and (record := by_version.pop(record.parent, None)) is not None:
-        if record.accepted and record.version not in marked:
-            found.append(record.version)
-    return found
+    parents = islice(_line(records, serving), 1, None)
+    return [each.version for each in parents if each.accepted and each.version not in marked]
 
 
 def clean(records: Sequence[VersionRecord], learnable: Collection[str], serving: int) -> int:
@@ -51,3 +47,11 @@ def clean(records: Sequence[VersionRecord], learnable: Collection[str], serving:
     if serving not in marks(records, learnable):
         return serving
     return next(iter(stand_ins(records, learnable, serving)), 0)
+
+
+def _line(records: Sequence[VersionRecord], version: int) -> Iterator[VersionRecord]:
+    """The version, its parent, that one's, and so on: each once, though damaged records name each other."""
+    by_version = {record.version: record for record in records}
+    while (record := by_version.pop(version, None)) is not None:
+        yield record
+        version = record.parent
