@@ -48,10 +48,15 @@ export function renew(parent: Element, rows: Element[]): void {
     const known = there.get(nameOf(row));
     return known?.isEqualNode(row) ? known : row;
   });
+  arrange(parent, wanted);
+}
+
+/** Let these be the children, in this order; what is in its place already is not moved. */
+export function arrange(parent: Element, wanted: Element[]): void {
   const kept = new Set(wanted);
-  for (const row of [...parent.children]) if (!kept.has(row)) row.remove();
-  wanted.forEach((row, at) => {
-    if (parent.children[at] !== row) parent.insertBefore(row, parent.children[at] ?? null);
+  for (const child of [...parent.children]) if (!kept.has(child)) child.remove();
+  wanted.forEach((child, at) => {
+    if (parent.children[at] !== child) parent.insertBefore(child, parent.children[at] ?? null);
   });
 }
 

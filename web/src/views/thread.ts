@@ -1,7 +1,7 @@
 /** The conversation: keyed views, so that streaming touches one element and leaves the rest alone. */
 
 import type { App } from "../app";
-import { button, h } from "../dom";
+import { arrange, button, h } from "../dom";
 import { hueOf, initials } from "../format";
 import { GUEST, samplePerson, type Item } from "../state";
 import { compareView } from "./compare";
@@ -46,17 +46,14 @@ export function thread(app: App, edit: (text: string) => void): HTMLElement {
       shownThread = current.id;
     }
     const keys = new Set(current.items.map((item) => item.key));
-    for (const [key, view] of views) {
-      if (keys.has(key)) continue;
-      view.element.remove();
-      views.delete(key);
-    }
-    current.items.forEach((item, at) => {
+    for (const key of views.keys()) if (!keys.has(key)) views.delete(key);
+    const elements = current.items.map((item) => {
       let view = views.get(item.key);
       if (!view) views.set(item.key, (view = make(item)));
       else view.update();
-      if (list.children[at] !== view.element) list.insertBefore(view.element, list.children[at] ?? null);
+      return view.element;
     });
+    arrange(list, elements);
     showNotice();
     if (follow) requestAnimationFrame(() => toEnd("instant"));
     showJump();
