@@ -234,14 +234,21 @@ def test_a_reload_in_the_middle_of_a_reply_takes_it_up_again(
     expect(page.locator(".reply .prose")).to_have_text(text, use_inner_text=True)
 
 
-def test_what_is_said_before_the_conversation_has_come_stays_on_the_page(open_page: Open) -> None:
-    page = open_page("hasty")
+def reloaded_without_its_conversation(page: Page) -> list[Route]:
+    """Something was said on the page, which is then reloaded. The conversation comes once the first of these
+    routes goes on."""
     say(page, "What did you read last?")
     reply_ended(page)
     held: list[Route] = []
     page.route("**/attune/conversations/*", lambda route: held.append(route))
     page.reload()
     expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    return held
+
+
+def test_what_is_said_before_the_conversation_has_come_stays_on_the_page(open_page: Open) -> None:
+    page = open_page("hasty")
+    held = reloaded_without_its_conversation(page)
     say(page, "And before that?")
     reply_ended(page)
     held[0].continue_()
@@ -253,12 +260,7 @@ def test_a_message_that_is_said_as_the_conversation_comes_stays_below_it(
     open_page: Open, service: RunningService
 ) -> None:
     page = open_page("hastier")
-    say(page, "What did you read last?")
-    reply_ended(page)
-    held: list[Route] = []
-    page.route("**/attune/conversations/*", lambda route: held.append(route))
-    page.reload()
-    expect(page.locator(".link")).to_have_attribute("data-state", "live")
+    held = reloaded_without_its_conversation(page)
     with engine_paused(service):
         say(page, "And before that?")
         reply_named(page)
