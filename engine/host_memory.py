@@ -3,11 +3,13 @@ reader's own for what it reads.
 
 Pinning is slow, and torch's allocator rounds every request up to a power of two: up to twice an adapter's
 bytes. So memory is pinned in large chunks of such a size, and each matrix takes the first gap that holds it:
-adapters may come in any number of sizes. Its room returns when the tensor is gone.
+adapters may come in any number of sizes. Its room returns when the tensor is gone. While one chunk is filled
+the next is pinned, as readers who wait for that read nothing.
 """
 
 import threading
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -49,7 +51,8 @@ class _Chunk:
 class PinnedMemory:
     """Matrices in pinned memory, from any thread. `pin` False serves tests where there is nothing to pin for.
 
-    It never gives memory back to the system; `nbytes` is what it holds.
+    It never gives memory back to the system; `nbytes` is what it holds, without the chunk that is
+    pinned ahead.
     """
 
     def __init__(self, *, pin: bool = True, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -57,6 +60,8 @@ class PinnedMemory:
         self._chunk_bytes = chunk_bytes
         self._chunks: list[_Chunk] = []
         self._lock = threading.Lock()
+        self._next: Future[Tensor] | None = None
+        self._pinner = ThreadPoolExecutor(1, thread_name_prefix="pin-ahead")
 
     @property
     def nbytes(self) -> int:
@@ -80,11 +85,20 @@ class PinnedMemory:
             begin = chunk.take(nbytes)
             if begin is not None:
                 return chunk, begin
-        size = max(self._chunk_bytes, nbytes)
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+        memory = self._chunk() if nbytes <= self._chunk_bytes else self._allocate(nbytes)
+        size = len(memory)
         chunk = _Chunk(memory, [(nbytes, size)] if size > nbytes else [])
         self._chunks.append(chunk)
         return chunk, 0
+
+    def _chunk(self) -> Tensor:
+        ready, self._next = self._next, None  # first, so that one that could not be had is tried anew
+        memory = ready.result() if ready else self._allocate(self._chunk_bytes)
+        self._next = self._pinner.submit(self._allocate, self._chunk_bytes)
+        return memory
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pin)
 
 
 class Scratch(threading.local):

@@ -1,5 +1,6 @@
 """Memory for packed adapters: no two share any, what is gone is used anew, and little is held for long."""
 
+import queue
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,46 @@ def test_what_is_larger_than_a_chunk_has_one_of_its_own() -> None:
     memory = PinnedMemory(pin=False, chunk_bytes=4096)
     assert memory.empty((5, 4096), torch.int16).shape == (5, 4096)
     assert memory.nbytes == 5 * 8192
+
+
+def test_the_next_chunk_is_allocated_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated: queue.Queue[tuple[str, Tensor]] = queue.Queue()
+
+    def allocate(_: PinnedMemory, nbytes: int) -> Tensor:
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        allocated.put((threading.current_thread().name, memory))
+        return memory
+
+    monkeypatch.setattr(PinnedMemory, "_allocate", allocate)
+    memory = PinnedMemory(chunk_bytes=4096)
+    kept = [memory.empty((1, 4096), torch.uint8)]
+    own, _ = allocated.get(timeout=10)
+    assert own == threading.current_thread().name
+    for number in range(3):  # nobody asks for more until it is there
+        other, ahead = allocated.get(timeout=10)
+        assert other != own
+        kept.append(memory.empty((1, 4096), torch.uint8))
+        assert kept[-1].data_ptr() == ahead.data_ptr()
+        assert memory.nbytes == (2 + number) * 4096
+
+
+def test_a_chunk_that_could_not_be_had_ahead_fails_who_needs_it_and_the_next_one_tries_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused = [False, True, False, False]
+
+    def allocate(_: PinnedMemory, nbytes: int) -> Tensor:
+        if refused.pop(0):
+            raise MemoryError("no memory to pin")
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(PinnedMemory, "_allocate", allocate)
+    memory = PinnedMemory(chunk_bytes=4096)
+    first = memory.empty((1, 4096), torch.uint8)
+    with pytest.raises(MemoryError):
+        memory.empty((1, 64), torch.uint8)
+    assert memory.empty((1, 64), torch.uint8).data_ptr() != first.data_ptr()
+    assert memory.nbytes == 2 * 4096
 
 
 def test_threads_may_ask_at_once() -> None:
